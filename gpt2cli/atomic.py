@@ -1,0 +1,112 @@
+"""Folders that appear whole or not at all, and the sha256 list that notices when one was changed afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2cli.errors import UserError
+
+SEAL = "checkpoint.json"
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling to fill; at the end it is flushed to disk and renamed to `target`. If anything fails it is
+    removed, and `target` is as it was. With `replace` an existing `target` is moved aside first and deleted last."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    aside = target.parent / f".{target.name}.{os.getpid()}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            flush(path)
+        flush(temporary)
+        if replace and target.exists():
+            target.rename(aside)
+        temporary.rename(target)
+        flush(target.parent)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk. Windows cannot open folders: there it is left to the system."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace one file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError, naming the file, where it does not hold one JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object, but a {type(value).__name__}")
+    return value
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `checkpoint.json`: `facts` and the sha256 of every file in `folder`."""
+    write_json(folder / SEAL, facts | {"files": {path.name: sha256(path) for path in sorted(folder.iterdir())}})
+
+
+def check_seal(folder: Path, names: set[str] | None = None) -> dict[str, Any] | None:
+    """The facts of a sealed folder after checking its files (only `names` where given); None where it has no seal.
+
+    Raises UserError for a file that is missing or was changed.
+    """
+    if not (folder / SEAL).is_file():
+        return None
+    facts = read_json(folder / SEAL)
+    files = facts.get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{folder / SEAL} lists no files: delete it if you changed the folder yourself")
+    for name, expected in files.items():
+        if names is not None and name not in names:
+            continue
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: the checkpoint is not whole")
+        if sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} changed since gpt2 wrote it; if that was you, delete {folder / SEAL}, "
+                "otherwise use another checkpoint"
+            )
+    return facts

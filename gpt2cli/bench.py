@@ -1,0 +1,250 @@
+"""Times the product's own work: attention kernels, `train_step`, `generate`. Everything is run once to warm up, then
+several times, in turn where things are compared; the median is reported."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from gpt2cli import __version__, device
+from gpt2cli.config import GPTConfig, SamplingConfig
+from gpt2cli.errors import UserError
+from gpt2cli.generate import generate
+from gpt2cli.model import GPT
+from gpt2cli.optim import make_adamw
+from gpt2cli.train import train_step
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def conditions(where: torch.device, dtype: str) -> dict[str, Any]:
+    """What a figure depends on beside the code, and the roof to hold it against."""
+    return {
+        "device": device.describe(where),
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "gpt2cli": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "matmul_flops": device.matmul_rate(where, dtype, seconds=1.0),
+        "datasheet_flops": device.datasheet_rate(where),
+    }
+
+
+def seconds_of(work: Callable[[], object], where: torch.device) -> float:
+    device.synchronize(where)
+    started = time.perf_counter()
+    work()
+    device.synchronize(where)
+    return time.perf_counter() - started
+
+
+# ==== attention ====
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    T: int
+    kernel: str
+    forward: float  # seconds
+    backward: float  # seconds
+    output_error: float  # largest difference from float64
+    gradient_error: float  # largest difference of the gradients of q, k and v from float64's
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention written out: (B, nh, T, hs) each."""
+    T = q.shape[2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v  # (B, nh, T, hs)
+
+
+def sdpa_with(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel([device.KERNELS[kernel]]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import flex_attention as flex
+
+    T = q.shape[2]
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=q.device.type)
+    return torch.compile(flex.flex_attention)(q, k, v, block_mask=mask)
+
+
+def attention_kernels(where: torch.device, dtype: torch.dtype, head_size: int) -> tuple[dict[str, Attention], dict[str, str]]:
+    """The kernels that run here forward and backward, and why the others do not."""
+    candidates: dict[str, Attention] = {"explicit": explicit_attention}
+    candidates |= {kernel: partial(sdpa_with, kernel) for kernel in ("math", "flash", "efficient", "cudnn")}
+    candidates["flex"] = flex_attention
+    there, missing = {}, {}
+    for name, attend in candidates.items():
+        q = torch.randn(1, 1, 128, head_size, device=where, dtype=dtype, requires_grad=True)
+        try:
+            attend(q, q, q).sum().backward()
+            there[name] = attend
+        except Exception as error:  # a compiler or a driver raises what it likes
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            missing[name] = lines[0][:160] if lines else type(error).__name__
+    return there, missing
+
+
+def bench_attention(
+    where: torch.device, dtype: str, lengths: Sequence[int], *, B: int, n_head: int, head_size: int, repeats: int
+) -> tuple[list[AttentionRow], dict[str, str]]:
+    """Every kernel this device has at every length T, run in turn; and why the others are missing."""
+    kernels, missing = attention_kernels(where, device.DTYPES[dtype], head_size)
+    rows = []
+    for T in lengths:
+        generator = torch.Generator().manual_seed(T)
+        exact = [torch.randn(B, n_head, T, head_size, generator=generator, dtype=torch.float64) for _ in range(4)]
+        inputs = [x.to(where, device.DTYPES[dtype]) for x in exact[:3]]
+        rounded = [x.double().cpu().requires_grad_() for x in inputs]
+        expected = explicit_attention(rounded[0], rounded[1], rounded[2])
+        expected_gradients = torch.autograd.grad(expected, rounded, exact[3])
+        expected = expected.detach()
+        timed: dict[str, list[tuple[float, float]]] = {name: [] for name in kernels}
+        errors: dict[str, tuple[float, float]] = {}
+        for turn in range(repeats + 1):
+            for name, attend in kernels.items():
+                forward, backward, output, gradients = _once(attend, inputs, exact[3], where)
+                if turn:  # the first one warms up
+                    timed[name].append((forward, backward))
+                else:
+                    errors[name] = _error([output], [expected]), _error(gradients, expected_gradients)
+        for name, times in timed.items():
+            forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
+            rows.append(AttentionRow(T, name, forward, backward, *errors[name]))
+    return rows, missing
+
+
+def _once(
+    attend: Attention, inputs: Sequence[Tensor], grad: Tensor, where: torch.device
+) -> tuple[float, float, Tensor, Sequence[Tensor]]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    outputs: list[Tensor] = []
+    forward = seconds_of(lambda: outputs.append(attend(q, k, v)), where)
+    grad = grad.to(outputs[0])
+    backward = seconds_of(lambda: outputs.extend(torch.autograd.grad(outputs[0], (q, k, v), grad)), where)
+    return forward, backward, outputs[0].detach(), outputs[1:]
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a.double().cpu() - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+# ==== the training step ====
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    parameters: int
+    B: int
+    T: int
+    seconds: float  # a step, median
+    spread: tuple[float, float]  # fastest and slowest
+    tokens_per_second: float
+    flops: float  # model FLOP/s
+    mfu: float  # of the measured matmul rate
+    memory_peak: int  # bytes of the process (of the device's allocator on CUDA)
+
+
+def bench_train(
+    model_config: GPTConfig,
+    where: torch.device,
+    dtype: str,
+    *,
+    B: int,
+    T: int,
+    repeats: int,
+    compile: bool,
+    roof: float,
+) -> TrainResult:
+    """The product's `train_step` with AdamW and clipping, on random ids: B rows of T tokens, one micro-step."""
+    model_config = replace(model_config, block_size=max(T, model_config.block_size))
+    device.set_up(seed=0)
+    model = GPT(model_config).to(where)
+    if compile:
+        model.compile()
+    optimizer = make_adamw(model, lr=1e-4, weight_decay=0.1)
+    ids = torch.randint(model_config.vocab_size, (B, T + 1), device=where)
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    step = partial(
+        train_step, model, optimizer, [batch], lr=1e-4, grad_clip=1.0, precision=partial(device.precision, where, dtype)
+    )
+    for _ in range(2):
+        step()
+    times = [seconds_of(step, where) for _ in range(repeats)]
+    median = statistics.median(times)
+    flops = B * T * model_config.flops_per_token(T) / median
+    return TrainResult(
+        parameters=model_config.num_parameters(),
+        B=B,
+        T=T,
+        seconds=median,
+        spread=(min(times), max(times)),
+        tokens_per_second=B * T / median,
+        flops=flops,
+        mfu=flops / roof,
+        memory_peak=device.memory_peak(where),
+    )
+
+
+# ==== generating ====
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    parameters: int
+    B: int
+    prompt_tokens: int
+    new_tokens: int  # of each row
+    time_to_first_token: float  # seconds, the prompt's forward included
+    decode_tokens_per_second: float  # of all rows together, after the first token
+    read_rate: float  # bytes of weights a second while decoding: bandwidth is the limit at B = 1
+
+
+def bench_sample(
+    model: GPT, where: torch.device, dtype: str, *, B: int, prompt_tokens: int, new_tokens: int, repeats: int
+) -> SampleResult:
+    """The product's `generate` with its default sampling."""
+    if prompt_tokens + new_tokens > model.config.block_size:
+        raise UserError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's context of {model.config.block_size}")
+    model = model.to(where, device.DTYPES[dtype]).eval()
+    config = SamplingConfig(max_new_tokens=new_tokens)
+    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    firsts, decodes = [], []
+    for turn in range(repeats + 1):
+        rows: Iterator[object] = generate(model, prompt, config, num_samples=B)
+        first = seconds_of(partial(next, rows), where)
+        rest = seconds_of(partial(list, rows), where)
+        if turn:
+            firsts.append(first)
+            decodes.append(rest)
+    decode = statistics.median(decodes)
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "wpe.weight")
+    return SampleResult(
+        parameters=model.config.num_parameters(),
+        B=B,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        time_to_first_token=statistics.median(firsts),
+        decode_tokens_per_second=B * (new_tokens - 1) / decode,
+        read_rate=weights * (new_tokens - 1) / decode,
+    )
+
+
+def as_json(what: str, facts: dict[str, Any], rows: Sequence[Any], missing: dict[str, str] | None = None) -> dict[str, Any]:
+    """The object of `--json`."""
+    extra = {"missing": missing} if missing is not None else {}
+    return {"bench": what, **facts, "rows": [asdict(row) for row in rows], **extra}

@@ -1,0 +1,73 @@
+"""The `gpt2` program: its commands, and how errors and interrupts end it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gpt2cli import __version__
+from gpt2cli.commands import bench, convert, sample, tokenize, train
+from gpt2cli.errors import UserError
+
+app = typer.Typer(
+    name="gpt2",
+    help="One command from a text file to a trained GPT-2 that every other tool can load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("tokenize")(tokenize.command)
+app.command("train")(train.command)
+app.command("sample")(sample.command)
+app.command("convert")(convert.command)
+app.add_typer(bench.app, name="bench")
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"gpt2 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit status: 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 Ctrl-C."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="gpt2")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except UserError as error:
+        return complain(str(error))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of our output has gone, as in `gpt2 sample | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    return 0
+
+
+def complain(message: str) -> int:
+    from gpt2cli.commands import console
+
+    console.error(message)
+    return 1
+
+
+def main() -> None:
+    # SIGTERM ends like Ctrl-C, but with its own status; `train` replaces both to save first.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(run())

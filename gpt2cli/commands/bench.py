@@ -1,0 +1,179 @@
+"""`gpt2 bench`: how fast this machine does the product's own work."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from gpt2cli.config import CHOICES, PRESETS, GPTConfig
+from gpt2cli.errors import UserError
+
+app = typer.Typer(help="Time attention kernels, the training step and sampling on this machine.", no_args_is_help=False)
+
+Device = Annotated[str, typer.Option(help="Where to run.", metavar="|".join(CHOICES["device"]))]
+Dtype = Annotated[str, typer.Option(help="Of matrix products; auto: as train decides.", metavar="|".join(CHOICES["dtype"]))]
+Preset = Annotated[str, typer.Option(help="Size: " + ", ".join(PRESETS), metavar="NAME")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        attention()
+
+
+@app.command()
+def attention(
+    lengths: Annotated[str, typer.Option(help="Values of T, separated by commas.")] = "64,256,1024",
+    batch_size: Annotated[int, typer.Option(help="Rows.", min=1)] = 4,
+    n_head: Annotated[int, typer.Option(help="Heads.", min=1)] = 6,
+    head_size: Annotated[int, typer.Option(help="Width of a head.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the median is shown.", min=1)] = 7,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare the attention kernels this device has, forward and backward, and their error against float64."""
+    try:
+        Ts = [int(part) for part in lengths.split(",")]
+        if min(Ts) < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--lengths {lengths}: expected whole numbers above 0, such as 64,256,1024") from None
+
+    from gpt2cli import bench
+    from gpt2cli.commands import console
+
+    where, kind, facts = decide(device, dtype)
+    rows, missing = bench.bench_attention(where, kind, Ts, B=batch_size, n_head=n_head, head_size=head_size, repeats=repeats)
+    if as_json:
+        return console.print_json(bench.as_json("attention", facts, rows, missing))
+    best = {T: min(row.forward + row.backward for row in rows if row.T == T) for T in Ts}
+    console.table(
+        f"Causal attention, {batch_size} rows, {n_head} heads of {head_size}",
+        ("T", "kernel", "forward ms", "backward ms", "of the fastest", "error", "gradient error"),
+        [
+            (
+                f"{row.T:,}",
+                row.kernel,
+                f"{row.forward * 1e3:.2f}",
+                f"{row.backward * 1e3:.2f}",
+                f"{(row.forward + row.backward) / best[row.T]:.2f}x",
+                f"{row.output_error:.1e}",
+                f"{row.gradient_error:.1e}",
+            )
+            for row in rows
+        ],
+    )
+    for name, why in missing.items():
+        console.note(f"{name} is not available here: {why}")
+    show_conditions(facts)
+
+
+@app.command()
+def train(
+    preset: Preset = "seed",
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
+    repeats: Annotated[int, typer.Option(help="Timed steps; the median is shown.", min=1)] = 7,
+    compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time the real training step: forward, backward, clipping and AdamW."""
+    config = model_config(preset)
+
+    from gpt2cli import bench
+    from gpt2cli.commands import console
+
+    where, kind, facts = decide(device, dtype)
+    row = bench.bench_train(
+        config, where, kind, B=batch_size, T=seq_len, repeats=repeats, compile=compile, roof=facts["matmul_flops"]
+    )
+    if as_json:
+        return console.print_json(bench.as_json("train", facts, [row]))
+    console.table(
+        f"Training step, {preset}: {row.parameters:,} parameters",
+        ("rows x T", "ms a step", "tokens/s", "GFLOP/s", "of the matmul rate", "peak memory"),
+        [
+            (
+                f"{row.B} x {row.T}",
+                f"{row.seconds * 1e3:,.0f} ({row.spread[0] * 1e3:,.0f} to {row.spread[1] * 1e3:,.0f})",
+                f"{row.tokens_per_second:,.0f}",
+                f"{row.flops / 1e9:,.0f}",
+                f"{row.mfu:.0%}",
+                console.size(row.memory_peak),
+            )
+        ],
+    )
+    show_conditions(facts)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As for gpt2 sample; without it random weights of --preset.")
+    ] = None,
+    preset: Preset = "seed",
+    batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=2)] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the median is shown.", min=1)] = 3,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="fp32|bf16|fp16")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Time the real generation: the prompt and the decoding apart."""
+    config = model_config(preset)
+
+    from gpt2cli import bench, checkpoint
+    from gpt2cli.commands import console
+    from gpt2cli.model import GPT
+
+    where, kind, facts = decide(device, dtype)
+    network = checkpoint.load(model).model if model else GPT(config)
+    row = bench.bench_sample(
+        network, where, kind, B=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+    )
+    if as_json:
+        return console.print_json(bench.as_json("sample", facts, [row]))
+    console.table(
+        f"Generation, {model or preset}: {row.parameters:,} parameters",
+        ("rows", "prompt + new", "first token ms", "decode tokens/s", "weights read GB/s"),
+        [
+            (
+                str(row.B),
+                f"{row.prompt_tokens} + {row.new_tokens}",
+                f"{row.time_to_first_token * 1e3:,.0f}",
+                f"{row.decode_tokens_per_second:,.1f}",
+                f"{row.read_rate / 1e9:.1f}",
+            )
+        ],
+    )
+    show_conditions(facts)
+
+
+def model_config(preset: str) -> GPTConfig:
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
+    return GPTConfig(**PRESETS[preset])  # type: ignore[arg-type]
+
+
+def decide(device_name: str, dtype: str) -> tuple[Any, str, dict[str, Any]]:
+    from gpt2cli import bench, device
+
+    where = device.pick_device(device_name)
+    kind = device.pick_dtype(dtype, where)
+    return where, kind, bench.conditions(where, kind)
+
+
+def show_conditions(facts: dict[str, Any]) -> None:
+    from gpt2cli.commands import console
+
+    sheet = f", datasheet {facts['datasheet_flops'] / 1e12:,.0f} TFLOP/s" if facts["datasheet_flops"] else ""
+    console.note(
+        f"{facts['date']}, {facts['device']}, {facts['dtype']}, torch {facts['torch']}, gpt2cli {facts['gpt2cli']}; "
+        f"matrix products {facts['matmul_flops'] / 1e9:,.0f} GFLOP/s measured{sheet}"
+    )

@@ -1,0 +1,187 @@
+"""All that rich draws: on stderr, plain where stderr is not a terminal. stdout carries only the product."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gpt2cli.plan import Plan
+    from gpt2cli.train import StepMetrics
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(message: str) -> None:
+    stderr.print(Text(f"error: {message}", style="bold red"))
+
+
+def note(message: str) -> None:
+    stderr.print(Text(message, style="dim"))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def seconds(value: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, s = divmod(int(value + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def size(count: float) -> str:
+    """1536000 -> 1.5 MB"""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of bytes on a terminal, nothing elsewhere; call it with (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+@contextlib.contextmanager
+def downloads() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar a file on a terminal, one line a file elsewhere; call it with (file, bytes done, bytes in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = progress.add_task(file, total=total or None)
+                if not stderr.is_terminal:
+                    note(f"downloading {file} ({size(total)})")
+            progress.update(tasks[file], completed=done, total=total or None)
+
+        yield report
+
+
+# ==== train ====
+
+
+def show_plan(plan: Plan, machine: str, rate: float) -> None:
+    """What a run will do. `rate` is the device's measured FLOP/s."""
+    model, train = plan.model, plan.train
+    expected = plan.steps * plan.flops / (0.5 * rate)
+    rows = [
+        ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size:,}: "
+                  f"{model.num_parameters():,} parameters" + (f", from {plan.init_from}" if plan.init_from else "")),
+        ("data", f"{plan.data}: {plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"),
+        ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
+                  f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"),
+        ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
+        ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
+        ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),
+        ("out", str(plan.out)),
+    ]  # fmt: skip
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="cyan"), Text(value))
+    stderr.print(table)
+    for message in plan.notes:
+        stderr.print(Text(f"note: {message}", style="yellow"))
+
+
+class TrainDisplay:
+    """Shows a run: a live line on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, plan: Plan, rate: float) -> None:
+        self.plan, self.rate = plan, rate
+        self.val: StepMetrics | None = None
+        self.live = Live(console=stderr, auto_refresh=False, transient=True) if stderr.is_terminal else None
+        self._began = time.perf_counter()
+        self._first: int | None = None  # the step this session began after
+        self._shown = float("-inf")
+
+    def __enter__(self) -> TrainDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, metrics: StepMetrics) -> None:
+        if self._first is None:
+            self._first = metrics.step - 1
+        now = time.perf_counter()
+        done = metrics.step - self._first
+        left = (now - self._began) / done * (self.plan.steps - metrics.step)
+        if metrics.val_loss is not None:
+            self.val = metrics
+        if self.live:
+            self.live.update(self._line(metrics, left), refresh=True)
+        if done == 5 and left > 0:
+            self._say(f"about {seconds(left)} left, measured over 5 steps")
+        elif not self.live and (now - self._shown > 5 or metrics.step == self.plan.steps):
+            self._shown = now
+            self._say(self._line(metrics, left).plain)
+        if metrics.val_loss is not None:
+            bits = f", {metrics.val_bits_per_byte:.3f} bits a byte" if metrics.val_bits_per_byte else ""
+            self._say(f"step {metrics.step:,}: validation loss {metrics.val_loss:.4f}{bits}")
+        for sample in metrics.samples:
+            stderr.print(Text(f"--- step {metrics.step:,} ---\n{sample}", style="green"))
+
+    def _say(self, message: str) -> None:
+        stderr.print(Text(message, style="dim"))
+
+    def _line(self, metrics: StepMetrics, left: float) -> Text:
+        mfu = metrics.tokens_per_second * self.plan.model.flops_per_token(self.plan.seq_len) / self.rate
+        parts = [
+            f"step {metrics.step:,}/{self.plan.steps:,}",
+            f"loss {metrics.loss:.4f}",
+            *([f"val {self.val.val_loss:.4f}"] if self.val else []),
+            f"lr {metrics.lr:.1e}",
+            f"{metrics.tokens_per_second:,.0f} tokens/s",
+            f"{mfu:.0%} of the matmul rate",
+            f"ETA {seconds(left)}",
+        ]
+        filled = round(20 * metrics.step / self.plan.steps)
+        return Text("  ".join(parts)) if not self.live else Text(f"{'━' * filled}{'─' * (20 - filled)}  " + "  ".join(parts))
+
+
+# ==== tables ====
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, since it is the product."""
+    drawn = Table(title=escape(title), title_justify="left")
+    for n, name in enumerate(header):
+        drawn.add_column(name, justify="left" if n == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(drawn)

@@ -1,0 +1,188 @@
+"""`gpt2 train`: text -> a run folder whose checkpoints every other tool can load."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpt2cli.config import CHOICES, PRESETS, GPTConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from gpt2cli.model import GPT
+    from gpt2cli.plan import Plan
+
+MODEL, BATCH, OPTIMIZER, MACHINE, CADENCE, DATA = "Model", "Batch and length", "Optimizer", "Machine", "Cadence", "Data"
+SHAPE = GPTConfig()
+TRAIN = TrainConfig()
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "attn_dropout")
+POLICY_FIELDS = ("plain", "errors")
+
+
+def option(panel: str, help: str, **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, **more)
+
+
+def choice(name: str) -> str:
+    return "|".join(CHOICES[name])
+
+
+def command(
+    context: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[INPUT]",
+            help="A text file, a folder of them, or a folder of token shards; without it the embedded Shakespeare.",
+        ),
+    ] = None,
+    preset: Annotated[str, option(MODEL, "Size: " + ", ".join(PRESETS), metavar="NAME")] = "seed",
+    n_layer: Annotated[int, option(MODEL, "Layers.")] = SHAPE.n_layer,
+    n_head: Annotated[int, option(MODEL, "Attention heads of a layer.")] = SHAPE.n_head,
+    n_embd: Annotated[int, option(MODEL, "Width.")] = SHAPE.n_embd,
+    block_size: Annotated[int | None, option(MODEL, "Context; by default the training length, or the preset's.")] = None,
+    dropout: Annotated[float, option(MODEL, "Dropout of embeddings and residuals.")] = SHAPE.dropout,
+    attn_dropout: Annotated[float, option(MODEL, "Dropout of attention weights (slow on CPU).")] = SHAPE.attn_dropout,
+    init_from: Annotated[
+        str | None,
+        option(MODEL, "Fine-tune this model: a run, a model folder, or a hub name such as gpt2.", metavar="MODEL"),
+    ] = None,
+    batch_size: Annotated[int | None, option(BATCH, "Rows of a micro-step; by default what fits.")] = TRAIN.batch_size,
+    seq_len: Annotated[int | None, option(BATCH, "Tokens of a row; by default 256, or the preset's.")] = TRAIN.seq_len,
+    tokens_per_step: Annotated[int, option(BATCH, "Tokens of an update; accumulation follows.")] = TRAIN.tokens_per_step,
+    steps: Annotated[int | None, option(BATCH, "Updates.")] = TRAIN.steps,
+    epochs: Annotated[float | None, option(BATCH, "Instead of --steps: times through the text.")] = TRAIN.epochs,
+    lr: Annotated[float | None, option(OPTIMIZER, "Learning rate; by default by the model's width.")] = TRAIN.lr,
+    min_lr: Annotated[float | None, option(OPTIMIZER, "Learning rate at the end; by default a tenth.")] = TRAIN.min_lr,
+    warmup_steps: Annotated[int | None, option(OPTIMIZER, "Warm-up; by default a twentieth.")] = TRAIN.warmup_steps,
+    schedule: Annotated[str, option(OPTIMIZER, "After the warm-up.", metavar=choice("schedule"))] = TRAIN.schedule,
+    weight_decay: Annotated[float, option(OPTIMIZER, "Of matrices.")] = TRAIN.weight_decay,
+    grad_clip: Annotated[float, option(OPTIMIZER, "Largest gradient norm.")] = TRAIN.grad_clip,
+    device: Annotated[str, option(MACHINE, "Where to train.", metavar=choice("device"))] = TRAIN.device,
+    dtype: Annotated[str, option(MACHINE, "Of matrix products.", metavar=choice("dtype"))] = TRAIN.dtype,
+    compile: Annotated[str, option(MACHINE, "torch.compile; auto: on CUDA.", metavar=choice("compile"))] = TRAIN.compile,
+    attention: Annotated[str, option(MACHINE, "SDPA kernel.", metavar=choice("attention"))] = TRAIN.attention,
+    log_every: Annotated[int, option(CADENCE, "Steps between lines of metrics.jsonl.")] = TRAIN.log_every,
+    eval_every: Annotated[int, option(CADENCE, "Steps between evaluations; 0: only at the end.")] = TRAIN.eval_every,
+    eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
+    save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
+    sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
+    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
+    val_fraction: Annotated[float, option(DATA, "Part of a text, at its end, held out.")] = TRAIN.val_fraction,
+    plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", is_flag=True)] = False,
+    errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar="strict|replace")] = "strict",
+    seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
+    cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/NAME-DATE-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or the newest under runs/.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+) -> None:
+    """Train a GPT-2 on your text.
+
+    Prints the run folder's path. Its checkpoints are HuggingFace model folders; Ctrl-C saves one before it stops.
+    """
+    from gpt2cli.commands import console
+    from gpt2cli.plan import make_plan, resume_plan
+
+    given = {name: context.params[name] for name in context.params if was_given(context, name)}
+    with console.bar("tokenizing", "bytes") as tokenized, console.downloads() as downloaded:
+        if resume:
+            extra = {name for name in given if name not in {"out", "resume", "dry_run", "data", "sample_prompt", "cache_dir"}}
+            plan = resume_plan(
+                out, {name: given[name] for name in extra}, data=data, on_skip=console.note, on_tokenize=tokenized
+            )
+        else:
+            if data is None:
+                console.note("no INPUT: training on the embedded works of Shakespeare")
+            plan = make_plan(
+                data,
+                {name: given[name] for name in SHAPE_FIELDS if name in given},
+                TrainConfig(**{name: context.params[name] for name in vars(TRAIN)}),
+                preset=preset,
+                init_from=init_from,
+                out=out,
+                cache=cache_dir,
+                policy={name: context.params[name] for name in POLICY_FIELDS},
+                on_tokenize=tokenized,
+                on_download=downloaded,
+            )
+    carry_out(plan, dry_run, sample_prompt)
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
+    from gpt2cli import device
+    from gpt2cli.commands import console
+    from gpt2cli.train import train
+
+    rate = device.matmul_rate(plan.device, plan.train.dtype)
+    console.show_plan(plan, device.describe(plan.device), rate)
+    if dry_run:
+        return
+    stop = StopRequest()
+    with console.TrainDisplay(plan, rate) as display, stop:
+        last = None
+        for last in train(plan, should_stop=stop.asked, sample=sampler(plan, sample_prompt)):
+            display.show(last)
+    finished = last is None or last.step >= plan.steps
+    if stop.number:
+        console.note(f"stopped and saved; continue with: gpt2 train --resume --out {plan.out}")
+    elif last is None:
+        console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
+    print(plan.out)
+    if stop.number and not finished:
+        raise typer.Exit(128 + stop.number)
+    console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
+
+
+class StopRequest:
+    """The first Ctrl-C or SIGTERM asks the loop to save and stop; a second one leaves at once, which is safe since
+    checkpoints appear whole or not at all."""
+
+    number = 0
+
+    def __enter__(self) -> StopRequest:
+        self._before = [(number, signal.signal(number, self._ask)) for number in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        from gpt2cli.commands import console
+
+        if self.number:
+            raise SystemExit(128 + number)
+        self.number = number
+        console.note("finishing this step, then saving; once more to leave at once")
+
+    def asked(self) -> bool:
+        return bool(self.number)
+
+
+def sampler(plan: Plan, prompt: str) -> Any:
+    """What `train` calls to look at the model: one continuation of `prompt`."""
+    from gpt2cli.generate import SamplingConfig, generate
+
+    encoding = plan.encoding
+    if encoding is None:
+        return None
+
+    def sample(model: GPT) -> Sequence[str]:
+        model.eval()
+        ids = encoding.encode(prompt, special=True)
+        config = SamplingConfig(max_new_tokens=min(100, max(1, model.config.block_size - len(ids))))
+        new = [row[0] for row in generate(model, ids, config, eot=encoding.eot, n_vocab=encoding.n_vocab)]
+        return [prompt + encoding.decode(token for token in new if token is not None)]
+
+    return sample

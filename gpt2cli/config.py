@@ -1,0 +1,209 @@
+"""What a model is and how it is trained: frozen dataclasses whose defaults are the documentation. No torch here, so that
+the command line can show the true defaults without waiting for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from gpt2cli.errors import UserError
+
+Config = TypeVar("Config", "GPTConfig", "TrainConfig")
+
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2 (Radford et al. 2019). Field names are HuggingFace's `GPT2Config`'s, but for `block_size`
+    (`n_positions`), `dropout` (`resid_pdrop` and `embd_pdrop`) and `attn_dropout` (`attn_pdrop`).
+
+    Raises UserError for a shape that cannot be built.
+    """
+
+    block_size: int = 1024  # positions: the longest sequence the model can see
+    vocab_size: int = 50257
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0  # of embeddings and residuals
+    attn_dropout: float = 0.0  # of attention weights; it has no flash kernel on CPU
+    n_inner: int | None = None  # hidden width of the MLP; None means 4 * n_embd
+    activation_function: str = "gelu_new"  # the tanh approximation GPT-2 was trained with
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True  # divide attention logits by sqrt(head size)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by the layer's number, from 1
+    tie_word_embeddings: bool = True  # the output layer is wte
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.n_layer > 10_000:
+            raise UserError(f"n_layer must be at most 10,000, but is {self.n_layer}")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise UserError(f"n_inner must be at least 1, but is {self.n_inner}")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd must be divisible by n_head: {self.n_embd} is not divisible by {self.n_head}; "
+                f"try --n-embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
+            )
+        for name in ("dropout", "attn_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name} must be at least 0 and below 1, but is {getattr(self, name)}")
+        if self.activation_function not in ACTIVATIONS:
+            raise UserError(f"activation_function is {self.activation_function!r}, but only {', '.join(ACTIVATIONS)} are known")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, the tied output layer counted once."""
+        C, M = self.n_embd, self.inner_size
+        block = 4 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * M + M) + (M * C + C)
+        head = 0 if self.tie_word_embeddings else self.vocab_size * C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C + head
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Model FLOPs to train on one token: 6N + 12*L*H*Q*T, N without position embeddings (PaLM, appendix B; the
+        formula of nanoGPT's `estimate_mfu`). An untied input embedding does no arithmetic and is left out of N."""
+        N = self.num_parameters() - self.block_size * self.n_embd
+        if not self.tie_word_embeddings:
+            N -= self.vocab_size * self.n_embd
+        return 6 * N + 12 * self.n_layer * self.n_embd * seq_len
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "seed": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M: trains on a laptop
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},  # 124M
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},  # 350M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},  # 1558M
+}
+
+CHOICES = {
+    "schedule": ("cosine", "linear", "constant"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "fp32", "bf16", "fp16"),
+    "compile": ("auto", "on", "off"),
+    "attention": ("auto", "flash", "cudnn", "efficient", "math"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. `None` and `auto` are decided by `make_plan` and written to `run.json` as decided.
+
+    Raises UserError for a value that cannot be meant.
+    """
+
+    # batch
+    batch_size: int | None = None  # rows of a micro-step
+    seq_len: int | None = None  # tokens of a row, T
+    tokens_per_step: int = 2048  # of all micro-steps of an update together
+    # length
+    steps: int | None = None
+    epochs: float | None = None
+    # optimizer
+    lr: float | None = None
+    min_lr: float | None = None  # None means lr / 10
+    warmup_steps: int | None = None  # None means a twentieth of the steps
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    # machine
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: str = "auto"
+    attention: str = "auto"
+    # cadence, in steps; 0 means only at the end (never, for samples)
+    log_every: int = 1
+    eval_every: int = 50
+    save_every: int = 100
+    sample_every: int = 0
+    eval_tokens: int = 16384  # validation tokens an evaluation looks at, spread evenly; 0 means all
+    # data
+    val_fraction: float = 0.05
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, least in (("batch_size", 1), ("seq_len", 1), ("tokens_per_step", 1), ("steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, but is {value}")
+        for name in ("warmup_steps", "log_every", "eval_every", "save_every", "sample_every", "eval_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
+        for name in ("lr", "epochs", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be above 0, but is {value}")
+        for name in ("min_lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be 0 or more, but is {value}")
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise UserError(f"val_fraction must be at least 0 and below 1, but is {self.val_fraction}")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("steps and epochs both say how long to train: give one of them")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen. Temperature divides the logits first, then top-k keeps the k likeliest, then top-p the
+    fewest that together have probability p or more (Holtzman et al. 2020): the order of transformers."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    greedy: bool = False
+    seed: int = 1337
+    overflow: str = "stop"  # at the end of the context: stop, or slide, and see the last block_size tokens
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
+        if not self.temperature > 0:
+            raise UserError(f"--temperature must be above 0, but is {self.temperature}; for no randomness use --greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k must be at least 1, but is {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1, but is {self.top_p}")
+        if self.overflow not in ("stop", "slide"):
+            raise UserError(f"--overflow is {self.overflow!r}, but must be stop or slide")
+
+
+def check_types(config: GPTConfig | TrainConfig) -> None:
+    """Raises UserError where a field read from somebody's JSON holds another type than it is declared with."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        allowed = get_args(hints[field.name]) or (hints[field.name],)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise UserError(f"{field.name} must be {wanted}, but is {value!r}")
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    """The config written in a JSON or TOML table. Raises UserError, naming `source`, for an unknown field."""
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
+    if unknown:
+        raise UserError(f"{source}: unknown setting {unknown[0]!r}; known are {', '.join(f.name for f in fields(kind))}")
+    try:
+        return replace(kind(), **values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

@@ -1,0 +1,133 @@
+"""The machine: which device and dtype, how fast it multiplies, and the settings torch wants for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from contextlib import AbstractContextManager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt2cli.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+# Dense bf16 TFLOP/s of the datasheets, for the part of the name torch reports.
+DATASHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device this machine does not have."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in has.items() if there)
+    if not has[name]:
+        there = ", ".join(kind for kind, yes in has.items() if yes)
+        raise UserError(f"--device {name}: this machine (torch {torch.__version__}) has only {there}")
+    return torch.device(name)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware. Without, bf16 is emulated and some 500 times slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device has it in hardware, else fp32. Raises UserError for one the device lacks."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "cpu" and cpu_has_bf16()
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if name == "bf16" and not has_bf16 and device.type == "cuda":
+        raise UserError("--dtype bf16: this GPU has no bf16 arithmetic; use --dtype fp16 or fp32")
+    if name != "fp32" and device.type == "mps":
+        raise UserError(f"--dtype {name}: on mps only fp32 is supported")
+    return name
+
+
+def precision(device: torch.device, dtype: str, attention: str = "auto") -> AbstractContextManager[object]:
+    """Mixed precision (weights stay fp32, matrix products run in `dtype`), and SDPA restricted to one kernel; `auto`
+    leaves that choice to torch."""
+    stack = contextlib.ExitStack()
+    if dtype != "fp32":
+        stack.enter_context(torch.autocast(device.type, DTYPES[dtype]))
+    if attention != "auto":
+        stack.enter_context(sdpa_kernel([KERNELS[attention]]))
+    return stack
+
+
+def set_up(seed: int) -> None:
+    """Seed every generator of torch, and let fp32 matrix products use TF32 where the hardware has it."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "Apple GPU"
+    return f"{device.type} ({capability}, {torch.get_num_threads()} threads)"
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes of memory the device has; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most bytes this process held on the device so far (resident memory on a CPU); 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product, best of a few: the roof for MFU."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    best, end = float("inf"), time.perf_counter() + seconds
+    torch.mm(a, a)
+    synchronize(device)
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def datasheet_rate(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the datasheet, where we know the card."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((rate * 1e12 for part, rate in DATASHEET_TFLOPS.items() if part in name), None)

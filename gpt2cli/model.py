@@ -1,0 +1,192 @@
+"""GPT-2 (Radford et al. 2019), top to bottom in the order the data flows.
+
+    B  rows of a batch          C  n_embd, the width            nh  n_head
+    T  tokens of a row          V  vocab_size                   hs  head size, C / nh
+
+The names are GPT-2's own. Linear weights are (out, in), as `nn.Linear` has them; OpenAI and HuggingFace keep them
+transposed, which `formats` takes care of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2cli.config import GPTConfig
+from gpt2cli.errors import UserError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens already seen, see `generate.KVCache`."""
+
+    length: int  # tokens held, and so the position of the next one
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new tokens' (B, nh, T, hs) to a layer; return all of the layer's, (B, nh, length + T, hs)."""
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = config.attn_dropout
+        self.n_head = config.n_head
+        self.layer = layer
+        self.scale = 1 / math.sqrt(config.head_size) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, length + T, hs)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            is_causal=T > 1,  # one new token may see everything before it
+            scale=self.scale,
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.inner_size)
+        self.c_proj = nn.Linear(config.inner_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.c_fc(x))  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)  # tokens talk to each other
+        x = x + self.mlp(self.ln_2(x))  # each token thinks by itself
+        return x
+
+
+class GPT(nn.Module):
+    """`logits, loss = model(x, y)`.
+
+    >>> model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100))
+    >>> logits, loss = model(torch.zeros(1, 16, dtype=torch.long))
+    >>> logits.shape, loss
+    (torch.Size([1, 16, 100]), None)
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if self.wte.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: normal with deviation 0.02, and smaller where a residual stream of 2 * n_layer branches sums up."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) of the next token after each of `idx` (B, T), and with `targets` (B, T) the mean cross entropy
+        in nats, else None. Raises UserError where T is beyond `block_size`."""
+        logits = self.head(self.hidden(idx))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. A cache that
+        already holds tokens takes one more at a time."""
+        past = 0 if cache is None else cache.length
+        T = idx.shape[1]
+        if past and T > 1:
+            raise ValueError(f"{T} tokens at once after {past} in the cache: their mask is not causal from the corner")
+        if past + T > self.config.block_size:
+            raise UserError(f"{past + T} tokens do not fit the model's context of {self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device)  # (T)
+        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)  # (B, T, C)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C): the output layer is the embedding, used backwards."""
+        return F.linear(x, self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+
+    # ==== weights from and to a HuggingFace folder ====
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> GPT:
+        """A GPT-2 from a local HuggingFace folder or from the hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or any
+        `owner/name`), in fp32. Raises UserError where it is not there or is no GPT-2."""
+        from gpt2cli.formats import huggingface
+
+        return cls.from_state(*huggingface.read(huggingface.find(str(name_or_folder))))
+
+    @classmethod
+    def from_state(cls, config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+        """A model that holds `state`'s own tensors, in fp32."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, with GPT-2's tokenizer if its size fits.
+        Files of the same names are replaced, others left alone."""
+        from gpt2cli.formats import huggingface
+        from gpt2cli.tokenizer import Encoding
+
+        encoding = Encoding.gpt2()
+        fits = encoding.n_vocab == self.config.vocab_size
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        huggingface.write(Path(folder), self.config, self.state_dict(), encoding if fits else None)

@@ -1,0 +1,355 @@
+"""Before a run: everything that was left open is decided here, checked against the machine and the data, and written down.
+
+`make_plan` for a new run, `resume_plan` to go on with one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2cli import __version__, atomic, checkpoint, corpus, device
+from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
+from gpt2cli.errors import UserError
+from gpt2cli.formats import huggingface
+from gpt2cli.shards import Tokens, find_shards
+from gpt2cli.tokenizer import Encoding
+
+DEFAULT_SEQ_LEN = 256
+DEFAULT_STEPS = 300
+# Options that do not change what is learned: they may differ when a run is continued.
+FREE_ON_RESUME = ("steps", "device", "log_every", "eval_every", "save_every", "sample_every")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided. `train` holds no `None` and no `auto`."""
+
+    out: Path
+    data: str  # as given
+    tokens: Path  # folder of shards
+    data_sha256: str
+    model: GPTConfig
+    train: TrainConfig
+    encoding: Encoding | None  # None where foreign shards do not tell, and the model's size fits no vocabulary we have
+    init_from: str | None
+    train_tokens: int
+    val_tokens: int
+    resume_from: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.train.device)
+
+    @property
+    def batch_size(self) -> int:
+        return self.train.batch_size or 1
+
+    @property
+    def seq_len(self) -> int:
+        return self.train.seq_len or self.model.block_size
+
+    @property
+    def steps(self) -> int:
+        return self.train.steps or 0
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps of an update."""
+        return self.train.tokens_per_step // (self.batch_size * self.seq_len)
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of an update."""
+        return self.train.tokens_per_step * self.model.flops_per_token(self.seq_len)
+
+    @property
+    def memory(self) -> int:
+        """Bytes expected at the peak: weights, gradients and two moments in fp32, and the activations of a micro-step."""
+        C, V = self.model.n_embd, self.model.vocab_size
+        width = 4 if self.train.dtype == "fp32" else 2
+        layer = (12 * C + 2 * self.model.inner_size) * width
+        logits = V * (12 if self.train.dtype == "fp32" else 18)
+        return 16 * self.model.num_parameters() + self.batch_size * self.seq_len * (self.model.n_layer * layer + logits)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the checkpoints that exist at the same time: two newest, the best, and the one being written."""
+        return (checkpoint.KEEP + 2) * 12 * self.model.num_parameters()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gpt2cli": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": device.describe(self.device),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "data": {"given": self.data, "sha256": self.data_sha256, "tokens": str(self.tokens)},
+            "init_from": self.init_from,
+            "model": asdict(self.model),
+            "train": asdict(self.train),
+        }
+
+
+def make_plan(
+    data: str | Path | None = None,
+    shape: Mapping[str, Any] | None = None,
+    train: TrainConfig = TrainConfig(),
+    *,
+    preset: str = "seed",
+    init_from: str | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    policy: Mapping[str, Any] | None = None,
+    on_tokenize: corpus.Progress = lambda done, total: None,
+    on_download: huggingface.Progress | None = None,
+) -> Plan:
+    """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; the embedded Shakespeare
+    where None. `shape` has the fields of GPTConfig that were chosen; `policy` those of `corpus.Policy`.
+
+    Raises UserError for anything that would stop the run later.
+    """
+    out = out or _free_name(data)
+    if out.exists() and any(out.iterdir()) if out.is_dir() else out.exists():
+        raise UserError(f"{out} already holds files: continue it with 'gpt2 train --resume --out {out}', or give another --out")
+    start = checkpoint.find_model(init_from, on_download) if init_from else None
+    where = device.pick_device(train.device)
+    notes: list[str] = []
+
+    encoding = Encoding.gpt2()
+    if start:
+        known = huggingface.config_from_json(atomic.read_json(start / "config.json"), str(start / "config.json"))
+        encoding, embedded = checkpoint.find_encoding(start, known.vocab_size)
+        if embedded:
+            notes.append(f"{start} brings no tokenizer: GPT-2's is used")
+    model, train = _decide_shape(dict(shape or {}), train, preset, start, encoding, notes)
+
+    tokens, data_sha256 = _find_tokens(data, train, encoding, cache, dict(policy or {}), on_tokenize)
+    train_tokens, val_tokens = count_tokens(tokens)
+    if not val_tokens:
+        notes.append("no validation split: the newest checkpoint counts as the best")
+    if not (tokens / "manifest.json").is_file():
+        _check_ids(tokens, model.vocab_size)
+    train = _decide_machine(train, where, notes)
+    train = _decide_length(train, model, train_tokens, bool(start), notes)
+    plan = Plan(
+        out=out,
+        data=str(data or corpus.EMBEDDED),
+        tokens=tokens,
+        data_sha256=data_sha256,
+        model=model,
+        train=train,
+        encoding=encoding,
+        init_from=str(start) if start else None,
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+    )
+    return replace(plan, notes=tuple(notes + _check_room(plan)))
+
+
+def resume_plan(
+    out: Path | None,
+    changes: Mapping[str, Any],
+    *,
+    data: str | Path | None = None,
+    on_skip: Callable[[str], None] = lambda message: None,
+    on_tokenize: corpus.Progress = lambda done, total: None,
+) -> Plan:
+    """Go on with the run in `out`, or the newest below `runs/`, from its newest whole checkpoint.
+
+    `changes` are the options given anew. Raises UserError for one that would make it a different run, for data that is
+    no longer the same, and where there is no run.
+    """
+    if out is None:
+        found = checkpoint.runs(Path("runs"))
+        if not found:
+            raise UserError("there is no run under runs/ to continue; start one with 'gpt2 train'")
+        out = found[0]
+    if not (out / "run.json").is_file():
+        raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
+    run = atomic.read_json(out / "run.json")
+    try:
+        given, wanted, tokens = run["data"]["given"], run["data"]["sha256"], Path(run["data"]["tokens"])
+        model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
+        before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
+        init_from = run["init_from"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r} is missing") from None
+    for name, value in changes.items():
+        if name not in FREE_ON_RESUME and getattr(before, name, None) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} {value} would make {out} a different run (it has {getattr(before, name, None)}); leave it "
+                "out, or start a new run with another --out"
+            )
+    train = replace(before, **{name: value for name, value in changes.items() if name in FREE_ON_RESUME})
+    train = replace(train, device=device.pick_device(train.device).type)
+    encoding = _run_encoding(init_from, model)
+    if not tokens.is_dir() or data is not None:
+        source = data if data is not None else None if given == str(corpus.EMBEDDED) else given
+        tokens, _ = _find_tokens(source, train, encoding, None, {}, on_tokenize)
+    if fingerprint(tokens) != wanted:
+        raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
+    train_tokens, val_tokens = count_tokens(tokens)
+    start = checkpoint.latest(out, on_skip)
+    notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
+    if train.steps != before.steps:
+        notes.append(f"length changed from {before.steps:,} to {train.steps:,} steps")
+    return Plan(out, given, tokens, wanted, model, train, encoding, init_from, train_tokens, val_tokens, start, tuple(notes))
+
+
+# ==== the parts of a decision ====
+
+
+def _free_name(data: str | Path | None) -> Path:
+    stem = Path(data or corpus.EMBEDDED).name.split(".")[0] or "run"
+    out = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for n in range(1000) if not (path := out if n == 0 else out.with_name(f"{out.name}-{n}")).exists())
+
+
+def _decide_shape(
+    shape: dict[str, Any], train: TrainConfig, preset: str, start: Path | None, encoding: Encoding, notes: list[str]
+) -> tuple[GPTConfig, TrainConfig]:
+    """The model, and T: from scratch the block size is the training length unless given."""
+    if start:
+        known = huggingface.config_from_json(atomic.read_json(start / "config.json"), str(start / "config.json"))
+        for name, value in shape.items():
+            if name not in ("dropout", "attn_dropout") and value != getattr(known, name):
+                raise UserError(f"--{name.replace('_', '-')} {value}: the model of --init-from has {getattr(known, name)}")
+        # Its own dropout of 0.1 was never used for training here: fine-tuning has what is asked, by default none.
+        model = replace(known, **{"dropout": 0.0, "attn_dropout": 0.0} | shape)
+    else:
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
+        chosen = PRESETS[preset] | shape
+        chosen.setdefault("block_size", train.seq_len or DEFAULT_SEQ_LEN)
+        model = from_dict(GPTConfig, {"vocab_size": encoding.n_vocab} | chosen, "model")
+    seq_len = train.seq_len or min(model.block_size, 1024)
+    if seq_len > model.block_size:
+        raise UserError(f"--seq-len {seq_len} is longer than the model's context of {model.block_size}")
+    if not start and seq_len < model.block_size:
+        notes.append(f"rows have {seq_len} tokens: positions {seq_len} to {model.block_size - 1} are never trained")
+    return model, replace(train, seq_len=seq_len)
+
+
+def _find_tokens(
+    data: str | Path | None,
+    train: TrainConfig,
+    encoding: Encoding,
+    cache: Path | None,
+    policy: dict[str, Any],
+    on_tokenize: corpus.Progress,
+) -> tuple[Path, str]:
+    """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
+    path = Path(data) if data is not None else corpus.EMBEDDED
+    if path.is_dir() and (find_shards(path, "train") or (path / "manifest.json").is_file()):
+        folder = path.resolve()
+    else:
+        chosen = corpus.Policy(**{"val_fraction": train.val_fraction} | policy)
+        folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=chosen, progress=on_tokenize)
+    return folder, fingerprint(folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and the first and last 64 kB of the shards: cheap for a terabyte."""
+    digest = hashlib.sha256()
+    for path in find_shards(folder, "train") + find_shards(folder, "val"):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(65536))
+            file.seek(max(0, size - 65536))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def count_tokens(folder: Path) -> tuple[int, int]:
+    """Tokens of the training and validation split."""
+    val = len(Tokens.open(folder, "val")) if find_shards(folder, "val") else 0
+    return len(Tokens.open(folder, "train")), val
+
+
+def _check_ids(folder: Path, vocab_size: int) -> None:
+    for split in ("train", "val"):
+        if find_shards(folder, split) and (largest := Tokens.open(folder, split).largest()) >= vocab_size:
+            raise UserError(f"{folder}: its {split} shards hold id {largest:,}, but the model knows {vocab_size:,} ids")
+
+
+def _run_encoding(init_from: str | None, model: GPTConfig) -> Encoding:
+    return checkpoint.find_encoding(Path(init_from), model.vocab_size)[0] if init_from else Encoding.gpt2()
+
+
+def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -> TrainConfig:
+    dtype = device.pick_dtype(train.dtype, where)
+    if where.type == "cpu" and train.dtype == "auto" and dtype == "fp32":
+        notes.append("fp32: this CPU has no bf16 arithmetic")
+    if where.type == "cpu" and dtype == "bf16" and not device.cpu_has_bf16():
+        notes.append("bf16 is emulated on this CPU and hundreds of times slower than fp32")
+    compiled = "on" if train.compile == "on" or (train.compile == "auto" and where.type == "cuda") else "off"
+    return replace(train, device=where.type, dtype=dtype, compile=compiled)
+
+
+def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine_tuning: bool, notes: list[str]) -> TrainConfig:
+    """Micro-batch, accumulation, number of steps and learning rate."""
+    T = train.seq_len or model.block_size
+    rows = max(1, train.tokens_per_step // T)
+    most = max(1, (4096 if train.device == "cpu" else 16384) // T)  # rows of a micro-step that fit and pay
+    B = train.batch_size or next(b for b in range(min(rows, most), 0, -1) if rows % b == 0)
+    if train_tokens < B * T + 1:
+        raise UserError(
+            f"the training text has {train_tokens:,} tokens, but one batch of {B} rows of {T} needs {B * T + 1:,}: "
+            "use more text, or a smaller --batch-size or --seq-len"
+        )
+    tokens_per_step = math.ceil(rows / B) * B * T
+    if tokens_per_step != train.tokens_per_step:
+        notes.append(f"{tokens_per_step:,} tokens a step: whole micro-steps of {B} rows of {T}")
+    if train.epochs is not None:
+        steps = max(1, math.ceil(train.epochs * train_tokens / tokens_per_step))
+    else:
+        steps = train.steps or DEFAULT_STEPS
+    # Wider models want smaller steps: 1e-3 at 384 gives about GPT-3's rates (Brown et al. 2020, table 2.1) at its widths.
+    lr = train.lr or min(1e-3, 0.384 / model.n_embd) * (0.1 if fine_tuning else 1.0)
+    min_lr = lr / 10 if train.min_lr is None else train.min_lr
+    if min_lr > lr:
+        raise UserError(f"--min-lr {min_lr} is above --lr {lr}")
+    warmup_steps = max(1, steps // 20) if train.warmup_steps is None else train.warmup_steps
+    return replace(
+        train,
+        batch_size=B,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        epochs=None,
+        lr=lr,
+        min_lr=min_lr,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _check_room(plan: Plan) -> list[str]:
+    """Warnings; raises UserError where the disk cannot hold one checkpoint."""
+    notes = []
+    there = plan.out.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < plan.disk // (checkpoint.KEEP + 2):
+        raise UserError(
+            f"the disk of {plan.out} has {free / 1e9:.1f} GB free, but one checkpoint needs "
+            f"{plan.disk / (checkpoint.KEEP + 2) / 1e9:.1f} GB: give --out on another disk"
+        )
+    if free < plan.disk:
+        notes.append(f"the disk has {free / 1e9:.1f} GB free, but the checkpoints may need {plan.disk / 1e9:.1f} GB")
+    total = device.memory_total(plan.device)
+    if total and plan.memory > total:
+        notes.append(f"about {plan.memory / 1e9:.1f} GB of memory needed, {total / 1e9:.1f} GB there: lower --batch-size")
+    return notes

@@ -1,0 +1,227 @@
+"""Text to token ids and back: the embedded GPT-2 vocabulary, or any byte-level BPE kept in a model folder.
+
+tiktoken does the merging; the vocabulary comes from `assets/vocab.bpe`, so nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from gpt2cli.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe, as OpenAI published it
+Merge = tuple[bytes, bytes]
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2 writes each byte as one printable character in its files: `Ġ` is the space. Character -> byte, in the order
+    of the first 256 token ids (`bytes_to_unicode` in OpenAI's encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+@cache
+def character_of_byte() -> dict[int, str]:
+    return {byte: character for character, byte in byte_of_character().items()}
+
+
+def to_bytes(written: str) -> bytes:
+    return bytes(byte_of_character()[character] for character in written)
+
+
+def to_written(token: bytes) -> str:
+    return "".join(character_of_byte()[byte] for byte in token)
+
+
+class Encoding:
+    """A byte-level BPE with GPT-2's pre-tokenizer.
+
+    `ids` maps each token's bytes to its id; `merges` lists the joined pairs in order of priority.
+
+    >>> Encoding.gpt2().encode("Hello world")
+    [15496, 995]
+    """
+
+    def __init__(self, ids: dict[bytes, int], merges: Sequence[Merge], eot: int) -> None:
+        self.ids = ids
+        self.merges = merges
+        self.eot = eot
+        self.n_vocab = max(max(ids.values()), eot) + 1
+        self._bpe = tiktoken.Encoding("gpt2cli", pat_str=r50k_pat_str, mergeable_ranks=ids, special_tokens={END_OF_TEXT: eot})
+
+    def __reduce__(self) -> tuple[Any, ...]:  # workers of another process receive it
+        return Encoding, (self.ids, self.merges, self.eot)
+
+    # ==== making one ====
+
+    @staticmethod
+    @cache
+    def gpt2() -> Encoding:
+        """GPT-2's own vocabulary: 50,257 ids, the last of them `<|endoftext|>`."""
+        data = resources.files("gpt2cli").joinpath("assets/vocab.bpe").read_bytes()
+        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
+            raise UserError("the package's vocab.bpe is damaged; reinstall gpt2cli")
+        merges = parse_merges(data.decode().splitlines()[1:])
+        tokens = [bytes([byte]) for byte in byte_of_character().values()] + [left + right for left, right in merges]
+        return Encoding({token: n for n, token in enumerate(tokens)}, merges, eot=len(tokens))
+
+    @staticmethod
+    def from_folder(folder: Path) -> Encoding | None:
+        """The byte-level BPE in a model folder (`tokenizer.json`, or `vocab.json` and `merges.txt`), or None where there
+        is none. Raises UserError for a tokenizer of another kind."""
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return _from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), folder)
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+                return _from_vocab(vocab, [line for line in lines if line and not line.startswith("#version")], folder)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: the tokenizer files cannot be read ({type(error).__name__}: {error})") from None
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads."""
+        special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        vocab = {to_written(token): n for token, n in self.ids.items()} | {END_OF_TEXT: self.eot}
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.eot, **special, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level | {"trim_offsets": False},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": [f"{to_written(left)} {to_written(right)}" for left, right in self.merges],
+            },
+        }
+        settings = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_prefix_space": False,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    # ==== using one ====
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`. With `special`, a literal `<|endoftext|>` becomes its one id instead of plain text."""
+        return self._bpe.encode(text, allowed_special="all" if special else set(), disallowed_special=())
+
+    def encode_documents(self, text: str, *, plain: bool = False) -> np.ndarray:
+        """Token ids (uint32) of a text whose documents are separated by `<|endoftext|>`; each starts with that id.
+        Empty documents leave nothing. With `plain` the text is one document and the separator ordinary text."""
+        documents = [text] if plain else text.split(END_OF_TEXT)
+        parts = [part for document in documents if document for part in ([self.eot], self.encode(document))]
+        return np.concatenate([np.asarray(part, dtype=np.uint32) for part in parts or [[]]])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        try:
+            return self._bpe.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            raise UserError(f"token id {token} is not in the vocabulary of {self.n_vocab:,}") from None
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text each id stands for (n_vocab,), 0 for `<|endoftext|>`: for bits per byte."""
+        lengths = np.zeros(self.n_vocab, dtype=np.int64)
+        for token, n in self.ids.items():
+            lengths[n] = len(token)
+        return lengths
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens in order of id: two encodings with one hash give the same ids."""
+        ordered = sorted(self.ids.items(), key=lambda item: item[1])
+        return hashlib.sha256(repr((ordered, self.eot)).encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Decodes ids as they come and never shows half a character.
+
+    >>> decoder = StreamDecoder(Encoding.gpt2())
+    >>> [decoder.feed(n) for n in Encoding.gpt2().encode("🙂")]
+    ['', '🙂']
+    """
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        return self._utf8.decode(self._encoding.token_bytes(token))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def parse_merges(lines: Iterable[str]) -> list[Merge]:
+    merges = []
+    for line in lines:
+        left, right = line.split(" ")
+        merges.append((to_bytes(left), to_bytes(right)))
+    return merges
+
+
+def _from_tokenizer_json(data: dict[str, Any], folder: Path) -> Encoding:
+    def steps(part: Any) -> Iterator[dict[str, Any]]:
+        yield from part["pretokenizers"] if part and part["type"] == "Sequence" else [part or {}]
+
+    model = data["model"]
+    if model["type"] != "BPE" or data.get("normalizer"):
+        raise UserError(f"{folder}: its tokenizer is not a plain byte-level BPE like GPT-2's ({model['type']})")
+    for step in steps(data.get("pre_tokenizer")):
+        if step.get("type") != "ByteLevel" or step.get("add_prefix_space") or not step.get("use_regex", True):
+            raise UserError(f"{folder}: its pre-tokenizer is not GPT-2's ({step.get('type')})")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    return _from_vocab(model["vocab"] | added, merges, folder)
+
+
+def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> Encoding:
+    vocab = dict(vocab)
+    if END_OF_TEXT not in vocab:
+        raise UserError(f"{folder}: its vocabulary has no {END_OF_TEXT}")
+    eot = vocab.pop(END_OF_TEXT)
+    merges = parse_merges(lines)
+    joined = [left + right for left, right in merges]
+    ids = {to_bytes(written): n for written, n in vocab.items()}
+    # tiktoken merges in order of id, HuggingFace in order of the list: they must be the same order.
+    order = [ids[token] for token in joined]
+    if len(ids) != 256 + len(merges) or order != sorted(set(order)) or any(bytes([b]) not in ids for b in range(256)):
+        raise UserError(f"{folder}: its vocabulary is not 256 bytes and one token a merge, in order of the merges")
+    return Encoding(ids, merges, eot)
