@@ -94,6 +94,7 @@ CHOICES = {
     "dtype": ("auto", "fp32", "bf16", "fp16"),
     "compile": ("auto", "on", "off"),
     "attention": ("auto", "flash", "cudnn", "efficient", "math"),
+    "errors": ("strict", "replace"),
 }
 
 
@@ -130,7 +131,9 @@ class TrainConfig:
     sample_every: int = 0
     eval_tokens: int = 16384  # validation tokens an evaluation looks at, spread evenly; 0 means all
     # data
-    val_fraction: float = 0.05
+    val_fraction: float = 0.05  # of a text, at its end
+    plain: bool = False  # <|endoftext|> in a text is ordinary text
+    errors: str = "strict"  # of bytes that are not UTF-8: strict, or replace with U+FFFD
     seed: int = 1337
 
     def __post_init__(self) -> None:

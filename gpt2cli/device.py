@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import time
 from contextlib import AbstractContextManager
 
@@ -67,9 +69,20 @@ def precision(device: torch.device, dtype: str, attention: str = "auto") -> Abst
 
 
 def set_up(seed: int) -> None:
-    """Seed every generator of torch, and let fp32 matrix products use TF32 where the hardware has it."""
+    """Seed every generator of torch, let fp32 matrix products use TF32 where the hardware has it, and keep freed memory."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors on the CPU free instead of returning it to the system. Otherwise each large temporary
+    of each step is mapped and zeroed page by page anew, which takes a third of a training step. Elsewhere: nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: as good as never shrink the heap
 
 
 def synchronize(device: torch.device) -> None:
@@ -104,8 +117,6 @@ def memory_peak(device: torch.device) -> int:
         import resource  # not on Windows
     except ImportError:
         return 0
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

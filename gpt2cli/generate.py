@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2cli.config import GPTConfig, SamplingConfig
@@ -57,7 +58,7 @@ def generate(
 
     seen = torch.tensor([prompt], device=where)[:, -block_size:]  # (1, T)
     cache = KVCache(model.config, min(block_size, seen.shape[1] + config.max_new_tokens), like=model.wpe.weight)
-    logits = model.head(model.hidden(seen, cache)[:, -1]).expand(num_samples, -1)  # (B, V)
+    logits = F.linear(model.hidden(seen, cache)[:, -1], model.head_weight).expand(num_samples, -1)  # (B, V)
     cache.repeat(num_samples)
     seen = seen.repeat(num_samples, 1)
     for n in range(config.max_new_tokens):
@@ -72,9 +73,9 @@ def generate(
             return
         seen = torch.cat([seen, new[:, None]], dim=1)[:, -block_size:]
         if cache.length < block_size:
-            logits = model.head(model.hidden(new[:, None], cache)[:, -1])
+            logits = F.linear(model.hidden(new[:, None], cache)[:, -1], model.head_weight)
         else:  # every token moves to another position, so nothing in the cache is of use
-            logits = model.head(model.hidden(seen)[:, -1])
+            logits = F.linear(model.hidden(seen)[:, -1], model.head_weight)
 
 
 def check_prompt(model: GPT, prompt: Sequence[int], num_samples: int, slide: bool) -> None:

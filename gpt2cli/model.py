@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
+from gpt2cli.loss import linear_cross_entropy
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -133,10 +134,16 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 parameter.normal_(std=0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, loss_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, V) of the next token after each of `idx` (B, T), and with `targets` (B, T) the mean cross entropy
-        in nats, else None. Raises UserError where T is beyond `block_size`."""
-        logits = self.head(self.hidden(idx))  # (B, T, V)
+        in nats, else None. With `loss_only` the logits are None and never exist as a whole, which is how training saves
+        time and memory. Raises UserError where T is beyond `block_size`."""
+        x = self.hidden(idx)  # (B, T, C)
+        if loss_only and targets is not None:
+            return None, linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
+        logits = F.linear(x, self.head_weight)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -158,9 +165,10 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)  # (B, T, C)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C): the output layer is the embedding, used backwards."""
-        return F.linear(x, self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight)
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's (V, C): the embedding, used backwards."""
+        return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     # ==== weights from and to a HuggingFace folder ====
 

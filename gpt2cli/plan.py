@@ -40,10 +40,11 @@ class Plan:
     data_sha256: str
     model: GPTConfig
     train: TrainConfig
-    encoding: Encoding | None  # None where foreign shards do not tell, and the model's size fits no vocabulary we have
+    encoding: Encoding
     init_from: str | None
     train_tokens: int
     val_tokens: int
+    asked: Mapping[str, Any]  # the options that were given, before anything was decided
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -96,6 +97,7 @@ class Plan:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "data": {"given": self.data, "sha256": self.data_sha256, "tokens": str(self.tokens)},
             "init_from": self.init_from,
+            "asked": dict(self.asked),
             "model": asdict(self.model),
             "train": asdict(self.train),
         }
@@ -110,12 +112,11 @@ def make_plan(
     init_from: str | None = None,
     out: Path | None = None,
     cache: Path | None = None,
-    policy: Mapping[str, Any] | None = None,
     on_tokenize: corpus.Progress = lambda done, total: None,
     on_download: huggingface.Progress | None = None,
 ) -> Plan:
     """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; the embedded Shakespeare
-    where None. `shape` has the fields of GPTConfig that were chosen; `policy` those of `corpus.Policy`.
+    where None. `shape` has the fields of GPTConfig that were chosen.
 
     Raises UserError for anything that would stop the run later.
     """
@@ -124,6 +125,8 @@ def make_plan(
         raise UserError(f"{out} already holds files: continue it with 'gpt2 train --resume --out {out}', or give another --out")
     start = checkpoint.find_model(init_from, on_download) if init_from else None
     where = device.pick_device(train.device)
+    asked = dict(shape or {}) | {"preset": preset, "init_from": init_from}
+    asked |= {name: value for name, value in vars(train).items() if value != getattr(TrainConfig(), name)}
     notes: list[str] = []
 
     encoding = Encoding.gpt2()
@@ -134,7 +137,7 @@ def make_plan(
             notes.append(f"{start} brings no tokenizer: GPT-2's is used")
     model, train = _decide_shape(dict(shape or {}), train, preset, start, encoding, notes)
 
-    tokens, data_sha256 = _find_tokens(data, train, encoding, cache, dict(policy or {}), on_tokenize)
+    tokens, data_sha256 = _find_tokens(data, train, encoding, cache, on_tokenize)
     train_tokens, val_tokens = count_tokens(tokens)
     if not val_tokens:
         notes.append("no validation split: the newest checkpoint counts as the best")
@@ -153,6 +156,7 @@ def make_plan(
         init_from=str(start) if start else None,
         train_tokens=train_tokens,
         val_tokens=val_tokens,
+        asked=asked,
     )
     return replace(plan, notes=tuple(notes + _check_room(plan)))
 
@@ -182,30 +186,34 @@ def resume_plan(
         given, wanted, tokens = run["data"]["given"], run["data"]["sha256"], Path(run["data"]["tokens"])
         model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
         before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
-        init_from = run["init_from"]
+        init_from, asked = run["init_from"], dict(run["asked"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{out / 'run.json'} is not one of ours: {error!r} is missing") from None
     for name, value in changes.items():
-        if name not in FREE_ON_RESUME and getattr(before, name, None) != value:
-            option = f"--{name.replace('_', '-')}"
+        had = (asdict(model) | asdict(before)).get(name)
+        if name not in FREE_ON_RESUME and value not in (had, asked.get(name, had)):
             raise UserError(
-                f"{option} {value} would make {out} a different run (it has {getattr(before, name, None)}); leave it "
-                "out, or start a new run with another --out"
+                f"--{name.replace('_', '-')} {value} would make {out} a different run (it has {asked.get(name, had)}); "
+                "leave it out, or start a new run with another --out"
             )
     train = replace(before, **{name: value for name, value in changes.items() if name in FREE_ON_RESUME})
     train = replace(train, device=device.pick_device(train.device).type)
-    encoding = _run_encoding(init_from, model)
+    start = checkpoint.latest(out, on_skip)
+    encoding = Encoding.gpt2()
+    if start or init_from:
+        encoding, _ = checkpoint.find_encoding(start or Path(init_from), model.vocab_size)
     if not tokens.is_dir() or data is not None:
         source = data if data is not None else None if given == str(corpus.EMBEDDED) else given
-        tokens, _ = _find_tokens(source, train, encoding, None, {}, on_tokenize)
+        tokens, _ = _find_tokens(source, train, encoding, None, on_tokenize)
     if fingerprint(tokens) != wanted:
         raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
     train_tokens, val_tokens = count_tokens(tokens)
-    start = checkpoint.latest(out, on_skip)
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
     if train.steps != before.steps:
         notes.append(f"length changed from {before.steps:,} to {train.steps:,} steps")
-    return Plan(out, given, tokens, wanted, model, train, encoding, init_from, train_tokens, val_tokens, start, tuple(notes))
+    return Plan(
+        out, given, tokens, wanted, model, train, encoding, init_from, train_tokens, val_tokens, asked, start, tuple(notes)
+    )
 
 
 # ==== the parts of a decision ====
@@ -247,7 +255,6 @@ def _find_tokens(
     train: TrainConfig,
     encoding: Encoding,
     cache: Path | None,
-    policy: dict[str, Any],
     on_tokenize: corpus.Progress,
 ) -> tuple[Path, str]:
     """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
@@ -255,8 +262,8 @@ def _find_tokens(
     if path.is_dir() and (find_shards(path, "train") or (path / "manifest.json").is_file()):
         folder = path.resolve()
     else:
-        chosen = corpus.Policy(**{"val_fraction": train.val_fraction} | policy)
-        folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=chosen, progress=on_tokenize)
+        policy = corpus.Policy(train.val_fraction, train.plain, train.errors)
+        folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=policy, progress=on_tokenize)
     return folder, fingerprint(folder)
 
 
@@ -283,10 +290,6 @@ def _check_ids(folder: Path, vocab_size: int) -> None:
     for split in ("train", "val"):
         if find_shards(folder, split) and (largest := Tokens.open(folder, split).largest()) >= vocab_size:
             raise UserError(f"{folder}: its {split} shards hold id {largest:,}, but the model knows {vocab_size:,} ids")
-
-
-def _run_encoding(init_from: str | None, model: GPTConfig) -> Encoding:
-    return checkpoint.find_encoding(Path(init_from), model.vocab_size)[0] if init_from else Encoding.gpt2()
 
 
 def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -> TrainConfig:

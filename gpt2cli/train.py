@@ -117,7 +117,7 @@ class Run:
             position=self.progress.position,
         )
         self.val_tokens = Tokens.open(plan.tokens, "val") if find_shards(plan.tokens, "val") else None
-        self.byte_lengths = torch.from_numpy(plan.encoding.byte_lengths()) if plan.encoding else None
+        self.byte_lengths = torch.from_numpy(plan.encoding.byte_lengths())
         self._window_tokens, self._window_seconds = 0, 0.0  # of the steps since the last measure
         self._trim_metrics()
         if plan.train.compile == "on":
@@ -250,7 +250,7 @@ def train_step(
     model.train()
     for x, y in batches:
         with precision():
-            _, loss = model(x, y)
+            _, loss = model(x, y, loss_only=True)
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach() / len(batches)
     scaler.unscale_(optimizer)
@@ -264,17 +264,16 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(
-    model: GPT, batches: Iterator[Batch], precision: Precision, byte_lengths: Tensor | None
-) -> tuple[float, float | None]:
-    """Mean loss in nats a token, and bits per byte of the text the tokens stand for (None without `byte_lengths` (V,))."""
+def validate(model: GPT, batches: Iterator[Batch], precision: Precision, byte_lengths: Tensor) -> tuple[float, float | None]:
+    """Mean loss in nats a token, and bits per byte of the text the tokens stand for (V,) `byte_lengths` long;
+    None where they stand for none."""
     model.eval()
     where = model.wte.weight.device
     nats, tokens, text_bytes = 0.0, 0, 0
     for x, y in batches:
         with precision():
-            _, loss = model(x.to(where), y.to(where))
+            _, loss = model(x.to(where), y.to(where), loss_only=True)
         nats += float(loss) * y.numel()
         tokens += y.numel()
-        text_bytes += int(byte_lengths[y].sum()) if byte_lengths is not None else 0
+        text_bytes += int(byte_lengths[y].sum())
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpt2cli.atomic import read_json
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig, TrainConfig
+from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -21,7 +24,7 @@ MODEL, BATCH, OPTIMIZER, MACHINE, CADENCE, DATA = "Model", "Batch and length", "
 SHAPE = GPTConfig()
 TRAIN = TrainConfig()
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "attn_dropout")
-POLICY_FIELDS = ("plain", "errors")
+RUN_FIELDS = {*SHAPE_FIELDS, *vars(TRAIN), "preset", "init_from"}
 
 
 def option(panel: str, help: str, **more: Any) -> Any:
@@ -74,10 +77,16 @@ def command(
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
     sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
     val_fraction: Annotated[float, option(DATA, "Part of a text, at its end, held out.")] = TRAIN.val_fraction,
-    plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", is_flag=True)] = False,
-    errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar="strict|replace")] = "strict",
+    plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", is_flag=True)] = TRAIN.plain,
+    errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
     seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
     cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Settings from a .toml file, or a run.json to repeat.", callback=read_config, is_eager=True
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/NAME-DATE-TIME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or the newest under runs/.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
@@ -89,13 +98,14 @@ def command(
     from gpt2cli.commands import console
     from gpt2cli.plan import make_plan, resume_plan
 
-    given = {name: context.params[name] for name in context.params if was_given(context, name)}
+    given = {name: value for name, value in context.params.items() if was_given(context, name)}
+    if resume and out and not (out / "run.json").exists():
+        console.note(f"{out} holds no run yet: starting from zero")
+        resume = False
     with console.bar("tokenizing", "bytes") as tokenized, console.downloads() as downloaded:
         if resume:
-            extra = {name for name in given if name not in {"out", "resume", "dry_run", "data", "sample_prompt", "cache_dir"}}
-            plan = resume_plan(
-                out, {name: given[name] for name in extra}, data=data, on_skip=console.note, on_tokenize=tokenized
-            )
+            changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
+            plan = resume_plan(out, changes, data=data, on_skip=console.note, on_tokenize=tokenized)
         else:
             if data is None:
                 console.note("no INPUT: training on the embedded works of Shakespeare")
@@ -107,7 +117,6 @@ def command(
                 init_from=init_from,
                 out=out,
                 cache=cache_dir,
-                policy={name: context.params[name] for name in POLICY_FIELDS},
                 on_tokenize=tokenized,
                 on_download=downloaded,
             )
@@ -116,7 +125,32 @@ def command(
 
 def was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+    return source is not None and source.name != "DEFAULT"
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the settings of a file the defaults of this command line."""
+    if path is None:
+        return None
+    options = {parameter.name for parameter in context.command.params} - {"config", "resume", "dry_run", "out"}
+    if path.suffix == ".toml":
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config {path}: {error}") from None
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+        values["data"] = values.pop("input", None)
+        unknown = sorted(set(values) - options)
+        if unknown:
+            raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
+    else:
+        run = read_json(path)
+        try:
+            values = run["model"] | run["train"] | {"data": run["data"]["given"], "init_from": run["init_from"]}
+        except (KeyError, TypeError):
+            raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
+    context.default_map = {name: value for name, value in values.items() if name in options and value is not None}
+    return path
 
 
 def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
@@ -175,8 +209,6 @@ def sampler(plan: Plan, prompt: str) -> Any:
     from gpt2cli.generate import SamplingConfig, generate
 
     encoding = plan.encoding
-    if encoding is None:
-        return None
 
     def sample(model: GPT) -> Sequence[str]:
         model.eval()
