@@ -21,7 +21,7 @@ from gpt2cli.config import GPTConfig, SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
 from gpt2cli.model import GPT
-from gpt2cli.optim import make_adamw
+from gpt2cli.optim import make_optimizers
 from gpt2cli.train import train_step
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -168,19 +168,20 @@ def bench_train(
     T: int,
     repeats: int,
     compile: bool,
+    optimizer: str,
     roof: float,
 ) -> TrainResult:
-    """The product's `train_step` with AdamW and clipping, on random ids: B rows of T tokens, one micro-step."""
+    """The product's `train_step` with its optimizer and clipping, on random ids: B rows of T tokens, one micro-step."""
     model_config = replace(model_config, block_size=max(T, model_config.block_size))
     device.set_up(seed=0)
     model = GPT(model_config).to(where)
     if compile:
         model.compile()
-    optimizer = make_adamw(model, lr=1e-4, weight_decay=0.1)
+    optimizers = make_optimizers(model, optimizer, weight_decay=0.1)
     ids = torch.randint(model_config.vocab_size, (B, T + 1), device=where)
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     step = partial(
-        train_step, model, optimizer, [batch], lr=1e-4, grad_clip=1.0, precision=partial(device.precision, where, dtype)
+        train_step, model, optimizers, [batch], lr=1e-4, grad_clip=1.0, precision=partial(device.precision, where, dtype)
     )
     for _ in range(2):
         step()

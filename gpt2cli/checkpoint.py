@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gpt2cli.formats import huggingface
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
+Optimizers = Sequence[torch.optim.Optimizer]
 KEEP = 2  # newest checkpoints; the best is kept beside them
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -35,16 +36,14 @@ _STEP = re.compile(r"step-(\d{6,})")
 # ==== writing ====
 
 
-def save(
-    run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, encoding: Encoding | None, facts: dict[str, Any]
-) -> Path:
+def save(run: Path, step: int, model: GPT, optimizers: Optimizers, encoding: Encoding | None, facts: dict[str, Any]) -> Path:
     """Write `run/step-NNNNNN`. `facts` are the JSON values that training goes on from. Raises OSError on a full disk,
     and then leaves no trace of the attempt."""
     target = run / f"step-{step:06d}"
     with atomic.new_folder(target, replace=True) as folder:
         huggingface.write(folder, model.config, model.state_dict(), encoding)
         try:
-            save_file(_training_tensors(model, optimizer), folder / "training.safetensors")
+            save_file(_training_tensors(model, optimizers), folder / "training.safetensors")
         except SafetensorError as error:
             raise OSError(f"cannot write {folder / 'training.safetensors'}: {error}") from None
         atomic.write_json(folder / "training.json", facts | {"step": step})
@@ -52,30 +51,36 @@ def save(
     return target
 
 
-def _training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _training_tensors(model: GPT, optimizers: Optimizers) -> dict[str, Tensor]:
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    owner = _owners(optimizers)
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in owner[parameter].state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
     return tensors
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the training state of a checked checkpoint back into `model` and `optimizer` and torch's random generators;
+def _owners(optimizers: Optimizers) -> dict[Tensor, torch.optim.Optimizer]:
+    return {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def restore(folder: Path, model: GPT, optimizers: Optimizers) -> dict[str, Any]:
+    """Put the training state of a checked checkpoint back into `model` and `optimizers` and torch's random generators;
     returns the facts it was saved with."""
     _, state = huggingface.read(folder)
     facts = atomic.read_json(folder / "training.json")
     try:
         tensors = load_file(folder / "training.safetensors")
         model.load_state_dict(state)
+        owner = _owners(optimizers)
         for name, parameter in model.named_parameters():
             suffix = f".{name}"
             for key in [key for key in tensors if key.startswith("optimizer.") and key.endswith(suffix)]:
                 short = key.removeprefix("optimizer.").removesuffix(suffix)
                 value = tensors[key]
-                optimizer.state[parameter][short] = value if short == "step" else value.to(parameter.device)
+                owner[parameter].state[parameter][short] = value if short == "step" else value.to(parameter.device)
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])

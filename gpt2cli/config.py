@@ -89,6 +89,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 CHOICES = {
+    "optimizer": ("muon", "adamw"),
     "schedule": ("cosine", "linear", "constant"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
@@ -113,6 +114,7 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     # optimizer
+    optimizer: str = "muon"
     lr: float | None = None
     min_lr: float | None = None  # None means lr / 10
     warmup_steps: int | None = None  # None means a twentieth of the steps

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +56,12 @@ class Policy:
     plain: bool = False  # <|endoftext|> in the text is ordinary text
     errors: str = "strict"  # of bytes that are not UTF-8: strict, or replace with U+FFFD
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise UserError(f"--val-fraction must be at least 0 and below 1, but is {self.val_fraction}")
+        if self.errors not in ("strict", "replace"):
+            raise UserError(f"--errors is {self.errors!r}, but must be strict or replace")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -92,8 +97,8 @@ def tokenize(
     """
     if encoding.n_vocab > 1 << 16:
         raise UserError(f"shards hold 16-bit ids, but the vocabulary has {encoding.n_vocab:,}")
-    if not 0.0 <= policy.val_fraction < 1.0:
-        raise UserError(f"--val-fraction must be at least 0 and below 1, but is {policy.val_fraction}")
+    if shard_tokens < 1:
+        raise UserError(f"--shard-tokens must be at least 1, but is {shard_tokens}")
     sources = [scan(path) for path in find_texts(inputs)]
     if out.exists():
         done = _finished(out, sources, policy, encoding)
@@ -183,7 +188,7 @@ def find_texts(inputs: Sequence[Path]) -> list[Path]:
 
 def _open(path: Path) -> BinaryIO:
     if path == EMBEDDED and not path.exists():
-        return gzip.open(resources.files("gpt2cli").joinpath(f"assets/{EMBEDDED}").open("rb"))  # type: ignore[return-value]
+        path = Path(__file__).parent / "assets" / EMBEDDED
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 

@@ -31,26 +31,28 @@ def pick_device(name: str) -> torch.device:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in has.items() if there)
+    if name not in has:
+        raise UserError(f"--device {name} is unknown; expected auto, {', '.join(has)}")
     if not has[name]:
         there = ", ".join(kind for kind, yes in has.items() if yes)
         raise UserError(f"--device {name}: this machine (torch {torch.__version__}) has only {there}")
     return torch.device(name)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware. Without, bf16 is emulated and some 500 times slower than fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware. A CPU without emulates it, hundreds of times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the device has it in hardware, else fp32. Raises UserError for one the device lacks."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = device.type == "cpu" and cpu_has_bf16()
+    if name not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {name} is unknown; expected auto, {', '.join(DTYPES)}")
     if name == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if name == "bf16" and not has_bf16 and device.type == "cuda":
+        return "bf16" if has_bf16(device) else "fp32"
+    if name == "bf16" and not has_bf16(device) and device.type == "cuda":
         raise UserError("--dtype bf16: this GPU has no bf16 arithmetic; use --dtype fp16 or fp32")
     if name != "fp32" and device.type == "mps":
         raise UserError(f"--dtype {name}: on mps only fp32 is supported")

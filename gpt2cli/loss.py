@@ -35,10 +35,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
             a = x[start : start + CHUNK].to(dtype)  # (n, C)
             target = targets[start : start + CHUNK, None]  # (n, 1)
             logits = a @ w.T  # (n, V)
-            top, likeliest = logits.max(dim=1, keepdim=True)  # (n, 1)
+            top = logits.amax(dim=1, keepdim=True).float()  # (n, 1)
             p = logits.softmax(dim=1, dtype=torch.float32)  # (n, V)
-            # The log of the sum of exponentials, from the likeliest id: no probability that may have vanished is in it.
-            lse = top.float() - p.gather(1, likeliest).log()  # (n, 1)
+            # The log of the sum of exponentials, from the likeliest id's, since the target's probability may vanish.
+            lse = top - p.amax(dim=1, keepdim=True).log()  # (n, 1)
             total += (lse - logits.gather(1, target).float()).sum()
             if need_grad:
                 del logits

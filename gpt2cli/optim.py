@@ -3,21 +3,73 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+
+from gpt2cli.config import CHOICES
+from gpt2cli.device import has_bf16
+from gpt2cli.errors import UserError
+from gpt2cli.model import GPT
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020, appendix B)
 
 
-def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices and leaves biases and LayerNorms alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model: GPT, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """`adamw` for all parameters; or `muon` for the matrices inside the blocks, and AdamW for the rest. Matrices decay,
+    biases and LayerNorms do not. The learning rate is set at each step, see `lr_at`."""
+    if name not in CHOICES["optimizer"]:
+        raise UserError(f"--optimizer {name} is unknown; expected {', '.join(CHOICES['optimizer'])}")
+    hidden = {n: p for n, p in model.named_parameters() if name == "muon" and n.startswith("h.") and p.dim() == 2}
+    rest = [p for n, p in model.named_parameters() if n not in hidden]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=parameters[0].device.type in ("cuda", "cpu", "mps"))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)]
+    if hidden:
+        qkv = [p for n, p in hidden.items() if n.endswith("attn.c_attn.weight")]
+        whole = [p for n, p in hidden.items() if not n.endswith("attn.c_attn.weight")]
+        # q, k and v are three matrices that happen to be stored as one.
+        muon_groups = [{"params": qkv, "parts": 3}, {"params": whole, "parts": 1}]
+        optimizers.append(Muon(muon_groups, weight_decay=weight_decay))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024), for matrices (out, in). The update is scaled to the size AdamW's
+    typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
+    both."""
+
+    def __init__(self, params: Any, *, lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever given
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                update = orthogonalize(update.unflatten(0, (group["parts"], -1)))  # (parts, out, in)
+                scale = 0.2 * math.sqrt(max(update.shape[1:]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.flatten(0, 1), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """About the nearest matrix with singular values of one, to each of (n, out, in): five Newton-Schulz steps with
+    Jordan's coefficients, which leave them between 0.7 and 1.2. In bf16 where the device has it in hardware."""
+    dtype = torch.bfloat16 if has_bf16(G.device) else torch.float32
+    X = G.to(dtype) if G.shape[1] <= G.shape[2] else G.to(dtype).mT
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X if G.shape[1] <= G.shape[2] else X.mT).to(G.dtype)
 
 
 def lr_at(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import shutil
@@ -21,11 +20,11 @@ from gpt2cli import __version__, atomic, checkpoint, corpus, device
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
-from gpt2cli.shards import Tokens, find_shards
+from gpt2cli.shards import Tokens, count_tokens, find_shards, fingerprint
 from gpt2cli.tokenizer import Encoding
 
 DEFAULT_SEQ_LEN = 256
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 150
 # Options that do not change what is learned: they may differ when a run is continued.
 FREE_ON_RESUME = ("steps", "device", "log_every", "eval_every", "save_every", "sample_every")
 
@@ -131,7 +130,7 @@ def make_plan(
 
     encoding = Encoding.gpt2()
     if start:
-        known = huggingface.config_from_json(atomic.read_json(start / "config.json"), str(start / "config.json"))
+        known = huggingface.read_config(start)
         encoding, embedded = checkpoint.find_encoding(start, known.vocab_size)
         if embedded:
             notes.append(f"{start} brings no tokenizer: GPT-2's is used")
@@ -230,7 +229,7 @@ def _decide_shape(
 ) -> tuple[GPTConfig, TrainConfig]:
     """The model, and T: from scratch the block size is the training length unless given."""
     if start:
-        known = huggingface.config_from_json(atomic.read_json(start / "config.json"), str(start / "config.json"))
+        known = huggingface.read_config(start)
         for name, value in shape.items():
             if name not in ("dropout", "attn_dropout") and value != getattr(known, name):
                 raise UserError(f"--{name.replace('_', '-')} {value}: the model of --init-from has {getattr(known, name)}")
@@ -267,25 +266,6 @@ def _find_tokens(
     return folder, fingerprint(folder)
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 over names, sizes and the first and last 64 kB of the shards: cheap for a terabyte."""
-    digest = hashlib.sha256()
-    for path in find_shards(folder, "train") + find_shards(folder, "val"):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(65536))
-            file.seek(max(0, size - 65536))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def count_tokens(folder: Path) -> tuple[int, int]:
-    """Tokens of the training and validation split."""
-    val = len(Tokens.open(folder, "val")) if find_shards(folder, "val") else 0
-    return len(Tokens.open(folder, "train")), val
-
-
 def _check_ids(folder: Path, vocab_size: int) -> None:
     for split in ("train", "val"):
         if find_shards(folder, split) and (largest := Tokens.open(folder, split).largest()) >= vocab_size:
@@ -296,7 +276,7 @@ def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -
     dtype = device.pick_dtype(train.dtype, where)
     if where.type == "cpu" and train.dtype == "auto" and dtype == "fp32":
         notes.append("fp32: this CPU has no bf16 arithmetic")
-    if where.type == "cpu" and dtype == "bf16" and not device.cpu_has_bf16():
+    if where.type == "cpu" and dtype == "bf16" and not device.has_bf16(where):
         notes.append("bf16 is emulated on this CPU and hundreds of times slower than fp32")
     compiled = "on" if train.compile == "on" or (train.compile == "auto" and where.type == "cuda") else "off"
     return replace(train, device=where.type, dtype=dtype, compile=compiled)
@@ -320,8 +300,9 @@ def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine
         steps = max(1, math.ceil(train.epochs * train_tokens / tokens_per_step))
     else:
         steps = train.steps or DEFAULT_STEPS
-    # Wider models want smaller steps: 1e-3 at 384 gives about GPT-3's rates (Brown et al. 2020, table 2.1) at its widths.
-    lr = train.lr or min(1e-3, 0.384 / model.n_embd) * (0.1 if fine_tuning else 1.0)
+    # Measured at width 384 on Shakespeare; wider models want smaller ones. AdamW's are then about GPT-3's (table 2.1).
+    best = 3e-3 if train.optimizer == "muon" else 1e-3
+    lr = train.lr or best * min(1.0, 384 / model.n_embd) * (0.1 if fine_tuning else 1.0)
     min_lr = lr / 10 if train.min_lr is None else train.min_lr
     if min_lr > lr:
         raise UserError(f"--min-lr {min_lr} is above --lr {lr}")

@@ -10,6 +10,7 @@ All little-endian. A folder holds `train*` and `val*` files; their order by name
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -134,3 +135,22 @@ class Tokens:
         """The largest id, read in blocks."""
         block = 1 << 24
         return max(int(part[n : n + block].max()) for part in self._parts for n in range(0, len(part), block))
+
+
+def count_tokens(folder: Path) -> tuple[int, int]:
+    """Tokens of the training and the validation split; there may be none of the latter."""
+    val = len(Tokens.open(folder, "val")) if find_shards(folder, "val") else 0
+    return len(Tokens.open(folder, "train")), val
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and the first and last 64 kB of the shards: cheap for a terabyte."""
+    digest = hashlib.sha256()
+    for path in find_shards(folder, "train") + find_shards(folder, "val"):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(65536))
+            file.seek(max(0, size - 65536))
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ class Encoding:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads."""
+        for name, text in self._files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
         special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         vocab = {to_written(token): n for token, n in self.ids.items()} | {END_OF_TEXT: self.eot}
@@ -130,8 +135,10 @@ class Encoding:
             "eos_token": END_OF_TEXT,
             "unk_token": END_OF_TEXT,
         }
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return {
+            "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        }
 
     # ==== using one ====
 

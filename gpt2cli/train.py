@@ -24,7 +24,7 @@ from gpt2cli.data import DataLoaderLite, eval_batches
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.model import GPT
-from gpt2cli.optim import lr_at, make_adamw
+from gpt2cli.optim import lr_at, make_optimizers
 from gpt2cli.plan import Plan
 from gpt2cli.shards import Tokens, find_shards
 
@@ -81,10 +81,11 @@ def train(
         cadences = cadence.log_every, cadence.eval_every, cadence.save_every, cadence.sample_every
         if not (end or any(is_due(step, every) for every in cadences)):
             continue
-        metrics = run.measure()
+        metrics = run.measure(log=step == plan.steps or is_due(step, cadence.log_every))
         saved = run.save() if end or is_due(step, cadence.save_every) else None
         if run.val_tokens and (step == plan.steps or is_due(step, cadence.eval_every)):
-            metrics, improved = run.evaluate(metrics)
+            val_loss, bits, improved = run.evaluate()
+            metrics = replace(metrics, val_loss=val_loss, val_bits_per_byte=bits)
             saved = saved or (run.save() if improved else None)
         if saved:
             checkpoint.prune(plan.out)
@@ -106,7 +107,7 @@ class Run:
         if plan.init_from and not plan.resume_from:
             self.model.load_state_dict(huggingface.read(Path(plan.init_from))[1])
         self.model.to(plan.device)
-        self.optimizer = make_adamw(self.model, plan.train.lr or 0.0, plan.train.weight_decay)
+        self.optimizers = make_optimizers(self.model, plan.train.optimizer, plan.train.weight_decay)
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.train.dtype == "fp16")
         self.progress = self._restore() if plan.resume_from else Progress()
         self.loader = DataLoaderLite(
@@ -125,7 +126,7 @@ class Run:
 
     def _restore(self) -> Progress:
         assert self.plan.resume_from
-        facts = checkpoint.restore(self.plan.resume_from, self.model, self.optimizer)
+        facts = checkpoint.restore(self.plan.resume_from, self.model, self.optimizers)
         try:
             progress = Progress(**facts)
         except TypeError as error:
@@ -151,7 +152,7 @@ class Run:
         )
         self._loss, self._grad_norm = train_step(
             self.model,
-            self.optimizer,
+            self.optimizers,
             [(x.to(where), y.to(where)) for x, y in batches],
             lr=self._lr,
             grad_clip=config.grad_clip,
@@ -163,8 +164,8 @@ class Run:
         self._window_tokens += config.tokens_per_step
         self._add_time(started)
 
-    def measure(self) -> StepMetrics:
-        """The step just done, written to `metrics.jsonl`. Waits for the device."""
+    def measure(self, log: bool) -> StepMetrics:
+        """The step just done, with `log` also written to `metrics.jsonl`. Waits for the device."""
         started = time.perf_counter()
         loss, grad_norm = float(self._loss), float(self._grad_norm)
         self._add_time(started)
@@ -183,26 +184,27 @@ class Run:
             elapsed=self.progress.elapsed,
         )
         self._window_tokens, self._window_seconds = 0, 0.0
-        logged = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed")
-        self._log({key: value for key, value in asdict(metrics).items() if key in logged})
+        keys = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed")
+        if log:
+            self._log({key: value for key, value in asdict(metrics).items() if key in keys})
         return metrics
 
-    def evaluate(self, metrics: StepMetrics) -> tuple[StepMetrics, bool]:
-        """`metrics` with the validation loss, and whether it is the lowest of the run so far."""
+    def evaluate(self) -> tuple[float, float | None, bool]:
+        """Validation loss, bits per byte, and whether that loss is the lowest of the run so far."""
         assert self.val_tokens
         started = time.perf_counter()
         before = [line["val_loss"] for line in checkpoint.read_metrics(self.plan.out) if "val_loss" in line]
         batches = eval_batches(self.val_tokens, self.plan.batch_size, self.plan.seq_len, self.plan.train.eval_tokens)
         val_loss, bits = validate(self.model, batches, self.precision, self.byte_lengths)
-        self._log({"step": metrics.step, "val_loss": val_loss, "val_bits_per_byte": bits})
+        self._log({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
         self.progress.elapsed += time.perf_counter() - started
-        return replace(metrics, val_loss=val_loss, val_bits_per_byte=bits), val_loss <= min(before, default=val_loss)
+        return val_loss, bits, val_loss <= min(before, default=val_loss)
 
     def save(self) -> Path:
         started = time.perf_counter()
         self.progress.scaler = self.scaler.state_dict()
         facts = {key: value for key, value in asdict(self.progress).items() if key != "step"}
-        folder = checkpoint.save(self.plan.out, self.progress.step, self.model, self.optimizer, self.plan.encoding, facts)
+        folder = checkpoint.save(self.plan.out, self.progress.step, self.model, self.optimizers, self.plan.encoding, facts)
         self.progress.elapsed += time.perf_counter() - started
         return folder
 
@@ -210,9 +212,10 @@ class Run:
         """After a resume: the evaluation that was due at the checkpoint's step, where it was not written any more."""
         lines = [line for line in checkpoint.read_metrics(self.plan.out) if line["step"] == self.progress.step]
         due = self.progress.step == self.plan.steps or is_due(self.progress.step, self.plan.train.eval_every)
-        logged = [line for line in lines if "loss" in line]
-        if self.val_tokens and self.progress.step and due and logged and not any("val_loss" in line for line in lines):
-            yield self.evaluate(StepMetrics(**logged[-1]))[0]
+        if self.val_tokens and self.progress.step and due and not any("val_loss" in line for line in lines):
+            val_loss, bits, _ = self.evaluate()
+            for line in lines:
+                yield StepMetrics(**line, val_loss=val_loss, val_bits_per_byte=bits)
 
     def _add_time(self, started: float) -> None:
         seconds = time.perf_counter() - started
@@ -235,7 +238,7 @@ class Run:
 
 def train_step(
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[Batch],
     *,
     lr: float,
@@ -253,13 +256,15 @@ def train_step(
             _, loss = model(x, y, loss_only=True)
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach() / len(batches)
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return total, grad_norm
 
 

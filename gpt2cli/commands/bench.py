@@ -77,12 +77,13 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
     repeats: Annotated[int, typer.Option(help="Timed steps; the median is shown.", min=1)] = 7,
+    optimizer: Annotated[str, typer.Option(help="Optimizer.", metavar="|".join(CHOICES["optimizer"]))] = "adamw",
     compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time the real training step: forward, backward, clipping and AdamW."""
+    """Time the real training step: forward, backward, clipping and optimizer."""
     config = model_config(preset)
 
     from gpt2cli import bench
@@ -90,7 +91,15 @@ def train(
 
     where, kind, facts = decide(device, dtype)
     row = bench.bench_train(
-        config, where, kind, B=batch_size, T=seq_len, repeats=repeats, compile=compile, roof=facts["matmul_flops"]
+        config,
+        where,
+        kind,
+        B=batch_size,
+        T=seq_len,
+        repeats=repeats,
+        compile=compile,
+        optimizer=optimizer,
+        roof=facts["matmul_flops"],
     )
     if as_json:
         return console.print_json(bench.as_json("train", facts, [row]))

@@ -157,25 +157,18 @@ def continue_text(
 
 
 class Writer:
-    """Streams one sample as it comes; of several, the first streams and the others follow whole."""
+    """Streams one sample as it comes, after the prompt; of several, the first streams and the others follow whole."""
 
     def __init__(self, prompt: str, num_samples: int) -> None:
-        self.prompt, self.waiting = prompt, [""] * num_samples
-        self._begin(0)
-
-    def _begin(self, n: int) -> None:
-        sys.stdout.write(f"--- sample {n + 1} ---\n" * (len(self.waiting) > 1) + self.prompt)
+        self.texts = [f"--- sample {n + 1} ---\n{prompt}" for n in range(num_samples)] if num_samples > 1 else [prompt]
 
     def add(self, n: int, piece: str) -> None:
-        if n:
-            self.waiting[n] += piece
-        else:
-            sys.stdout.write(piece)
+        self.texts[n] += piece
+        if n == 0:
+            sys.stdout.write(self.texts[0])
             sys.stdout.flush()
+            self.texts[0] = ""
 
     def end(self) -> None:
-        print()
-        for n, text in list(enumerate(self.waiting))[1:]:
-            self._begin(n)
-            print(text)
+        sys.stdout.write("\n".join(self.texts) + "\n")
         sys.stdout.flush()

@@ -27,8 +27,8 @@ SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "attn_dr
 RUN_FIELDS = {*SHAPE_FIELDS, *vars(TRAIN), "preset", "init_from"}
 
 
-def option(panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, **more)
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 def choice(name: str) -> str:
@@ -60,6 +60,9 @@ def command(
     tokens_per_step: Annotated[int, option(BATCH, "Tokens of an update; accumulation follows.")] = TRAIN.tokens_per_step,
     steps: Annotated[int | None, option(BATCH, "Updates.")] = TRAIN.steps,
     epochs: Annotated[float | None, option(BATCH, "Instead of --steps: times through the text.")] = TRAIN.epochs,
+    optimizer: Annotated[
+        str, option(OPTIMIZER, "Muon: for the blocks' matrices.", metavar=choice("optimizer"))
+    ] = TRAIN.optimizer,
     lr: Annotated[float | None, option(OPTIMIZER, "Learning rate; by default by the model's width.")] = TRAIN.lr,
     min_lr: Annotated[float | None, option(OPTIMIZER, "Learning rate at the end; by default a tenth.")] = TRAIN.min_lr,
     warmup_steps: Annotated[int | None, option(OPTIMIZER, "Warm-up; by default a twentieth.")] = TRAIN.warmup_steps,
@@ -77,7 +80,7 @@ def command(
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
     sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
     val_fraction: Annotated[float, option(DATA, "Part of a text, at its end, held out.")] = TRAIN.val_fraction,
-    plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", is_flag=True)] = TRAIN.plain,
+    plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", "--plain")] = TRAIN.plain,
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
     seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
     cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,

@@ -51,6 +51,12 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # ==== config.json ====
 
 
+def read_config(folder: Path) -> GPTConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    return config_from_json(atomic.read_json(folder / "config.json"), str(folder / "config.json"))
+
+
 def config_from_json(values: dict[str, Any], source: str) -> GPTConfig:
     """Raises UserError for another architecture and for a field that would change the logits in a way we do not do."""
     if values.get("model_type") != "gpt2":
@@ -102,10 +108,8 @@ def read(folder: Path) -> tuple[GPTConfig, State]:
     Raises UserError for a folder that is not a whole GPT-2: a file missing, cut short or changed since we wrote it, a
     tensor missing, left over or of another shape.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    config = read_config(folder)
     atomic.check_seal(folder, names={"config.json", *_WEIGHTS})
-    config = config_from_json(atomic.read_json(folder / "config.json"), str(folder / "config.json"))
     expected = expected_shapes(config)
     state: State = {}
     for file in weight_files(folder):
@@ -256,8 +260,12 @@ def find(name: str, progress: Progress | None = None) -> Path:
 
 def _download(name: str, file: str, progress: Progress | None) -> Path | None:
     """One file of a hub model, from HuggingFace's cache where it is there; None where the model has no such file."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
     from tqdm.auto import tqdm
+
+    cached = try_to_load_from_cache(name, file)
+    if cached is not None:  # else nobody has asked for it yet
+        return None if cached is _CACHED_NO_EXIST else Path(str(cached))
 
     class Report(tqdm):
         """Tells `progress` instead of drawing."""
@@ -283,18 +291,8 @@ def _download(name: str, file: str, progress: Progress | None) -> Path | None:
             "expected a local folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name"
         ) from None
     except errors.LocalEntryNotFoundError:  # also an EntryNotFoundError, so it comes first
-        if _cached_absent(name, file):
-            return None
         raise UserError(offline) from None
     except errors.EntryNotFoundError:
         return None
     except errors.HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}/{file}: {str(error).splitlines()[0]}") from None
-
-
-def _cached_absent(name: str, file: str) -> bool:
-    """Offline: whether the cached copy of a model is known to lack this file."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cached_config = try_to_load_from_cache(name, "config.json")
-    return isinstance(cached_config, str) and not isinstance(try_to_load_from_cache(name, file), str)

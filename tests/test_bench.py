@@ -1,0 +1,63 @@
+import json
+
+import torch
+
+from gpt2cli import bench
+from gpt2cli.config import GPTConfig
+
+CPU = torch.device("cpu")
+
+
+def test_attention_kernels_are_timed_and_held_against_float64(gpt2):
+    done = gpt2(
+        "bench",
+        "attention",
+        "--lengths",
+        "8,40",
+        "--batch-size",
+        1,
+        "--repeats",
+        1,
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    result = json.loads(done.out)
+    rows = {(row["T"], row["kernel"]): row for row in result["rows"]}
+    assert {(T, kernel) for T in (8, 40) for kernel in ("explicit", "math", "flash")} <= set(rows)
+    for row in rows.values():
+        assert row["forward"] > 0 and row["backward"] > 0 and row["output_error"] < 1e-5 and row["gradient_error"] < 1e-4
+    assert {"efficient", "cudnn"} <= set(result["missing"]) and result["matmul_flops"] > 1e8
+
+
+def test_a_wrong_kernel_would_show_in_the_error(monkeypatch):
+    monkeypatch.setattr(bench, "sdpa_with", lambda kernel, q, k, v: bench.explicit_attention(q, k, v) + 0.5)
+    rows, _ = bench.bench_attention(CPU, "fp32", [8], B=1, n_head=1, head_size=8, repeats=1)
+    errors = {row.kernel: row.output_error for row in rows}
+    assert errors["flash"] > 0.4 and errors["explicit"] < 1e-5
+
+
+def test_the_training_bench_runs_the_products_step_and_its_arithmetic_holds(monkeypatch):
+    steps = []
+    monkeypatch.setattr(bench, "train_step", lambda *args, **kwargs: steps.append(kwargs))
+    monkeypatch.setattr(bench, "seconds_of", lambda work, where: (work(), 0.5)[1])
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, block_size=16)
+    row = bench.bench_train(config, CPU, "fp32", B=2, T=16, repeats=3, compile=False, optimizer="adamw", roof=1e9)
+    assert len(steps) == 5 and row.tokens_per_second == 64
+    assert row.flops == 64 * config.flops_per_token(16) and row.mfu == row.flops / 1e9
+
+
+def test_bench_sample_times_generate(gpt2, run_folder):
+    done = gpt2(
+        "bench", "sample", run_folder, "--prompt-tokens", 4, "--new-tokens", 8, "--repeats", 1, "--json", "--device", "cpu"
+    )
+    (row,) = json.loads(done.out)["rows"]
+    assert row["new_tokens"] == 8 and row["decode_tokens_per_second"] > 0 and row["time_to_first_token"] > 0
+    assert row["parameters"] == 1_634_720
+
+
+def test_tables_are_the_product_and_conditions_the_narration(gpt2, monkeypatch):
+    done = gpt2("bench", "attention", "--lengths", 8, "--repeats", 1, "--device", "cpu")
+    assert done.code == 0 and "flash" in done.out and "GFLOP/s measured" in done.err and "not available here" in done.err

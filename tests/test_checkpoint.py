@@ -1,0 +1,151 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from gpt2cli import atomic, checkpoint
+from gpt2cli.errors import UserError
+from gpt2cli.model import GPT
+
+
+@pytest.fixture
+def run(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_holds_these_files(run_folder):
+    assert sorted(p.name for p in run_folder.iterdir()) == ["metrics.jsonl", "run.json", "step-000004", "step-000008"]
+    assert sorted(p.name for p in (run_folder / "step-000008").iterdir()) == [
+        "checkpoint.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training.json", "training.safetensors"]  # fmt: skip
+
+
+def test_transformers_loads_a_trained_checkpoint_as_it_is(run_folder, shakespeare):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = checkpoint.load(str(run_folder))
+    tokenizer = AutoTokenizer.from_pretrained(loaded.folder)
+    model = AutoModelForCausalLM.from_pretrained(loaded.folder).eval()
+    text = shakespeare[1000:1060]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == loaded.encoding.encode(text)
+    assert (model(ids).logits - loaded.model(ids)[0]).abs().max() < 1e-4
+
+
+def test_no_path_of_the_machine_is_in_a_checkpoint(run_folder):
+    for path in (run_folder / "step-000008").glob("*.json"):
+        if path.name != "tokenizer.json":
+            assert str(run_folder.parent) not in path.read_text() and os.path.expanduser("~") not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "training.safetensors"])
+def test_any_flipped_byte_is_noticed(run, name):
+    path = run / "step-000008" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="changed since gpt2 wrote it"):
+        if name.startswith("training"):
+            atomic.check_seal(run / "step-000008")
+        else:
+            checkpoint.load(str(run / "step-000008"))
+    skipped = []
+    assert checkpoint.latest(run, skipped.append) == run / "step-000004"
+    assert len(skipped) == 1 and "step-000008" in skipped[0]
+
+
+def test_a_changed_folder_is_used_when_its_owner_deleted_the_seal(run):
+    folder = run / "step-000008"
+    config = json.loads((folder / "config.json").read_text()) | {"note": "mine"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        GPT.from_pretrained(folder)
+    (folder / "checkpoint.json").unlink()
+    assert GPT.from_pretrained(folder).config.n_layer == 2
+
+
+def test_a_run_means_its_best_checkpoint(run):
+    lines = [{"step": 4, "val_loss": 1.0}, {"step": 8, "val_loss": 2.0}, {"step": 6, "val_loss": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "val')
+    assert checkpoint.find_model(str(run)) == run / "step-000004"
+    shutil.copytree(run / "step-000008", run / "step-000009")
+    shutil.copytree(run / "step-000008", run / "step-000010")
+    checkpoint.prune(run)
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["step-000010", "step-000009", "step-000004"]
+
+
+def test_without_a_name_the_newest_run_is_meant(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="gpt2 train"):
+        checkpoint.find_model(None)
+    for n, name in enumerate(["new", "old"]):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        for path in [tmp_path / "runs" / name, *(tmp_path / "runs" / name).iterdir()]:
+            os.utime(path, (1e9 - n, 1e9 - n))
+    assert checkpoint.find_model(None).parent.name == "new"
+
+
+@pytest.mark.parametrize("when", ["huggingface.write", "save_file", "atomic.seal", "atomic.flush"])
+def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoint(run, monkeypatch, when):
+    from gpt2cli.plan import resume_plan
+    from gpt2cli.train import Run
+
+    alive = Run(resume_plan(run, {}))
+    before = (run / "step-000008" / "checkpoint.json").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    target = {"atomic.flush": "gpt2cli.atomic.flush", "atomic.seal": "gpt2cli.atomic.seal"}.get(when)
+    monkeypatch.setattr(target or f"gpt2cli.checkpoint.{when}", full)
+    with pytest.raises(OSError, match="No space"):
+        alive.save()
+    monkeypatch.undo()
+    assert (run / "step-000008" / "checkpoint.json").read_bytes() == before
+    assert atomic.check_seal(run / "step-000008") and not list(run.glob(".*"))
+
+
+def test_a_folder_that_fails_to_be_replaced_is_put_back(tmp_path, monkeypatch):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    class Boom(Exception):
+        pass
+
+    with pytest.raises(Boom), atomic.new_folder(target, replace=True) as folder:
+        (folder / "new").write_text("new")
+        raise Boom
+    assert [p.name for p in target.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["folder"]
+    with atomic.new_folder(target, replace=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_training_state_that_is_not_ours_is_refused(run):
+    from gpt2cli.plan import resume_plan
+    from gpt2cli.train import Run
+
+    (run / "step-000008" / "checkpoint.json").unlink()
+    (run / "step-000008" / "training.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        Run(resume_plan(run, {}))
+    (run / "step-000008" / "training.json").write_text('{"step": 8, "what": 1}')
+    shutil.copy(run / "step-000004" / "training.safetensors", run / "step-000008" / "training.safetensors")
+    with pytest.raises(UserError, match="not one of ours"):
+        Run(resume_plan(run, {}))
+
+
+def test_rng_tensors_are_in_the_checkpoint(run_folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(run_folder / "step-000008" / "training.safetensors")
+    assert tensors["rng.cpu"].dtype == torch.uint8
+    assert {key.split(".")[1] for key in tensors if key.startswith("optimizer.")} == {
+        "exp_avg",
+        "exp_avg_sq",
+        "momentum",
+        "step",
+    }

@@ -1,0 +1,302 @@
+"""The program itself: exit codes, streams, files, and one red line for each mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import gpt2cli
+from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
+
+from .conftest import QUICK, TINY
+
+PROGRAM = [sys.executable, "-m", "gpt2cli"]
+
+
+def test_help_is_instant_and_imports_no_torch():
+    check = "import sys; from gpt2cli.commands import app; app.run(['--help']); app.run(['train', '--help']); "
+    check += "bad = {'torch', 'transformers', 'numpy', 'tiktoken'} & set(sys.modules); assert not bad, bad"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("tokenize", "train", "sample", "convert", "bench"):
+        assert command in done.stdout
+    for panel in ("Model", "Optimizer", "Machine", "Cadence"):
+        assert panel in done.stdout
+
+
+def test_tokenize_does_not_import_torch(text_file):
+    check = f"import sys; from gpt2cli.commands import app; assert app.run(['tokenize', {str(text_file)!r}]) == 0; "
+    check += "bad = {'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "input-tokens\n"
+
+
+def test_training_and_sampling_do_not_import_transformers(text_file):
+    arguments = ["train", str(text_file), *QUICK, "--steps", "1", "--out", "run"]
+    check = f"import sys; from gpt2cli.commands import app; assert app.run({arguments!r}) == 0; "
+    check += "assert app.run(['sample', 'run', '--prompt', 'x', '--max-new-tokens', '3']) == 0; "
+    check += "assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_and_wrong_usage(gpt2):
+    assert gpt2("--version").out == f"gpt2 {gpt2cli.__version__}\n"
+    assert gpt2("train", "--no-such-option").code == 2
+    assert gpt2("sample", "--max-new-tokens", "many").code == 2
+
+
+def test_defaults_of_options_are_the_dataclasses():
+    import inspect
+
+    from gpt2cli.commands import sample, train
+
+    for command, configs in ((train.command, (GPTConfig(), TrainConfig())), (sample.command, (SamplingConfig(),))):
+        parameters = inspect.signature(command).parameters
+        for config in configs:
+            for name, value in vars(config).items():
+                if name in parameters and name != "block_size":  # decided by the training length
+                    assert parameters[name].default == value, name
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# ==== the road ====
+
+
+def test_tokenize_writes_shards_and_tells_their_folder(gpt2, text_file):
+    done = gpt2("tokenize", text_file, "--out", "tokens", "--val-fraction", "0.1")
+    assert (done.code, done.out) == (0, "tokens\n") and "1 documents" in done.err
+    assert sorted(p.name for p in Path("tokens").iterdir()) == ["manifest.json", "train_000000.bin", "val_000000.bin"]
+    as_json = json.loads(gpt2("tokenize", text_file, "--out", "tokens", "--val-fraction", "0.1", "--json").out)
+    assert as_json["train_bytes"] + as_json["val_bytes"] == text_file.stat().st_size
+    assert as_json["sources"][0]["path"] == str(text_file) and as_json["policy"]["val_fraction"] == 0.1
+
+
+def test_the_whole_road(gpt2, text_file):
+    done = gpt2("train", text_file, *QUICK, "--steps", 6, "--eval-every", 3, "--sample-every", 3, "--out", "run")
+    assert (done.code, done.out) == (0, "run\n")
+    for shown in (
+        "1,634,720 parameters",
+        "6 of 256 tokens (2 x 4 rows of 32)",
+        "validation loss",
+        "--- step 3 ---",
+        "tokens/s",
+    ):
+        assert shown in done.err, shown
+    assert "\x1b" not in done.err
+
+    again = gpt2("train", "--resume", "--out", "run")
+    assert (again.code, again.out) == (0, "run\n") and "finished" in again.err
+
+    first = gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9)
+    assert first.code == 0 and first.out.startswith("First ") and "9 tokens" in first.err
+    assert gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9).out == first.out
+    result = json.loads(gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9, "--num-samples", 2, "--json").out)
+    assert set(result) == {"model", "seed", "samples", "tokens_per_second", "time_to_first_token"}
+    assert len(result["samples"]) == 2 and len(result["samples"][0]["tokens"]) == 9
+    assert first.out == "First " + result["samples"][0]["text"] + "\n"
+    assert result["samples"][0]["finish_reason"] == "length"
+
+    done = gpt2("convert", "run", "--to", "hf", "--out", "exported", "--json")
+    verdict = json.loads(done.out)
+    assert done.code == 0 and verdict["logits_error"] < 1e-4 and verdict["parameters"] == 1_634_720
+    assert gpt2("sample", "exported", "--prompt", "First ", "--max-new-tokens", 9).out == first.out
+
+
+def test_two_samples_are_told_apart_and_the_context_ends_them(gpt2, run_folder):
+    done = gpt2("sample", run_folder, "--prompt", "First Citizen", "--num-samples", 2)
+    assert done.out.count("First Citizen") == 2 and "--- sample 2 ---" in done.out
+    assert "end of the context" in done.err
+    reasons = json.loads(gpt2("sample", run_folder, "--prompt", "a", "--ignore-eos", "--json").out)["samples"]
+    assert [(sample["finish_reason"], len(sample["tokens"])) for sample in reasons] == [("context", 32)]
+    slide = gpt2("sample", run_folder, "--prompt", "a", "--ignore-eos", "--overflow", "slide", "--max-new-tokens", 40, "--json")
+    assert len(json.loads(slide.out)["samples"][0]["tokens"]) == 40
+
+
+def test_a_prompt_comes_from_a_file_or_a_pipe(gpt2, run_folder):
+    Path("prompt.txt").write_text("O Romeo", encoding="utf-8")
+    assert gpt2("sample", run_folder, "--prompt-file", "prompt.txt", "--max-new-tokens", 2).out.startswith("O Romeo")
+    command = [*PROGRAM, "sample", str(run_folder), "--max-new-tokens", "2"]
+    done = subprocess.run(command, input="O Juliet", capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("O Juliet")
+
+
+def test_the_embedded_text_is_the_default_and_a_dry_run_writes_nothing(gpt2):
+    done = gpt2("train", "--dry-run")
+    assert done.code == 0 and done.out == "" and "Shakespeare" in done.err and "30,044,544 parameters" in done.err
+    assert not Path("runs").exists()
+    assert "context 1,024" in gpt2("train", "--dry-run", "--preset", "gpt2").err
+    assert "124,439,808" in gpt2("train", "--dry-run", "--preset", "gpt2").err
+
+
+def test_settings_come_from_a_toml_file_or_a_run_and_the_command_line_wins(gpt2, text_file, run_folder):
+    Path("config.toml").write_text(f'input = "{text_file.as_posix()}"\nn-layer = 3\nn_head = 2\nn_embd = 32\nsteps = 7\n')
+    err = gpt2("train", "--config", "config.toml", "--steps", 9, "--dry-run").err
+    assert "3 layers, 2 heads, 32 wide" in err and "9 of 2,048" in err and "100 kB" not in err
+    done = gpt2("train", "--config", run_folder / "run.json", "--out", "again")
+    assert done.code == 0
+    losses = [
+        [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run_folder, Path("again"))
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    Path("config.toml").write_text("layers = 3\n")
+    assert "unknown setting 'layers'" in gpt2("train", "--config", "config.toml").err
+
+
+def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_run(gpt2, text_file):
+    command = ("train", text_file, *QUICK, "--out", "runs/mine", "--resume")
+    assert "no run yet" in gpt2(*command, "--steps", 2).err
+    done = gpt2(*command, "--steps", 3)
+    assert done.code == 0 and "from 2 to 3" in done.err and "step 3/3" in done.err
+    assert gpt2("train", "--resume", "--steps", 4).out == "runs/mine\n"
+    assert "different run" in gpt2(*command, "--seed", 5).err
+    steps = [
+        json.loads(line)["step"] for line in Path("runs/mine/metrics.jsonl").read_text().splitlines() if "grad_norm" in line
+    ]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_been(gpt2, text_file, number, code):
+    command = ["train", str(text_file), *QUICK, "--steps", "30", "--eval-every", "0", "--save-every", "0"]
+    process = subprocess.Popen([*PROGRAM, *command, "--out", "run"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = Path("run/metrics.jsonl")
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and out == "run\n" and "--resume" in err and "Traceback" not in err
+    (saved,) = Path("run").glob("step-*")
+    step = int(saved.name[5:])
+    assert gpt2("train", "--resume", "--out", "run").code == 0
+    assert gpt2(*command, "--out", "whole").code == 0
+    losses = [
+        [json.loads(line).get("loss") for line in Path(f"{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    ]
+    assert losses[0] == losses[1] and 3 <= step < 30
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_leaves_is_no_error(run_folder):
+    command = " ".join([*PROGRAM, "sample", str(run_folder), "--prompt", "x", "--num-samples", "30"])
+    done = subprocess.run(f"{command} | head -c 1", shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr and "error" not in done.stderr
+
+
+# ==== mistakes ====
+
+
+def bad_files() -> None:
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(b"\x7fELF\0\0\0")
+    Path("latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    Path("short.txt").write_text("Too short.")
+    Path("fine.txt").write_text("To be, or not to be: that is the question. " * 200)
+    Path("folder").mkdir()
+    Path("notes").mkdir()
+    Path("notes/readme").write_text("no text here")
+    Path("taken").mkdir()
+    Path("taken/precious").write_text("mine")
+
+
+TRAIN = ("train", "fine.txt", *TINY)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("tokenize", "missing.txt"), "missing.txt does not exist"),
+        (("tokenize", "empty.txt"), "empty.txt is empty"),
+        (("tokenize", "binary.txt"), "zero byte at offset 4"),
+        (("tokenize", "latin1.txt"), "byte 0xe9 at offset 3"),
+        (("tokenize", "notes"), "notes holds no text"),
+        (("tokenize", "fine.txt", "--out", "taken"), "taken already exists"),
+        (("tokenize", "fine.txt", "--workers", "0"), "--workers"),
+        (("tokenize", "fine.txt", "--val-fraction", "2"), "--val-fraction"),
+        (("tokenize", "fine.txt", "--errors", "ignore"), "errors"),
+        (("tokenize", "fine.txt", "--shard-tokens", "0"), "shard-tokens"),
+        (("train", "missing.txt"), "missing.txt does not exist"),
+        (("train", "short.txt"), "needs"),
+        (("train", "folder"), "folder holds no text"),
+        ((*TRAIN, "--n-embd", "33"), "n_embd must be divisible by n_head"),
+        ((*TRAIN, "--n-layer", "0"), "n_layer must be at least 1"),
+        ((*TRAIN, "--batch-size", "-1"), "batch_size must be at least 1"),
+        ((*TRAIN, "--steps", "0"), "steps must be at least 1"),
+        ((*TRAIN, "--steps", "1", "--epochs", "1"), "steps and epochs"),
+        ((*TRAIN, "--lr", "nan"), "lr must be above 0"),
+        ((*TRAIN, "--min-lr", "1"), "--min-lr"),
+        ((*TRAIN, "--preset", "gpt3"), "--preset gpt3"),
+        ((*TRAIN, "--device", "mps"), "--device mps"),
+        ((*TRAIN, "--device", "tpu"), "device is 'tpu'"),
+        ((*TRAIN, "--dtype", "fp8"), "dtype is 'fp8'"),
+        ((*TRAIN, "--block-size", "16"), "--seq-len 32 is longer"),
+        ((*TRAIN, "--init-from", "folder"), "folder is not a model folder"),
+        ((*TRAIN, "--out", "taken"), "taken already holds files"),
+        ((*TRAIN, "--out", "fine.txt"), "fine.txt already"),
+        (("train", "--resume"), "no run under runs/"),
+        (("train", "--config", "missing.toml"), "missing.toml"),
+        (("sample", "--prompt", "x"), "no run under runs/"),
+        (("sample", "folder", "--prompt", "x"), "folder is not a model folder"),
+        (("sample", "no such/model/name", "--prompt", "x"), "neither a model folder nor"),
+        (("sample", "RUN", "--prompt", ""), "no prompt"),
+        (("sample", "RUN", "--prompt", "word " * 40), "the model sees 32"),
+        (("sample", "RUN", "--prompt", "x", "--prompt-file", "fine.txt"), "--prompt and --prompt-file"),
+        (("sample", "RUN", "--prompt-file", "missing"), "missing: No such file"),
+        (("sample", "RUN", "--prompt-file", "latin1.txt"), "not UTF-8"),
+        (("sample", "RUN", "--prompt", "x", "--temperature", "-1"), "--temperature must be above 0"),
+        (("sample", "RUN", "--prompt", "x", "--top-p", "0"), "--top-p"),
+        (("sample", "RUN", "--prompt", "x", "--num-samples", "0"), "--num-samples"),
+        (("sample", "RUN", "--prompt", "x", "--device", "cuda:x"), "device"),
+        (("sample", "RUN", "--prompt", "x", "--dtype", "fp8"), "dtype"),
+        (("convert",), "SOURCE or --from-hf"),
+        (("convert", "RUN", "--to", "onnx"), "--to onnx"),
+        (("convert", "RUN", "--out", "taken"), "taken already exists"),
+        (("convert", "folder"), "folder is not a model folder"),
+        (("bench", "attention", "--lengths", "a"), "--lengths a"),
+        (("bench", "train", "--preset", "huge"), "--preset huge"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_it_and_costs_nothing(gpt2, run_folder, arguments, says):
+    bad_files()
+    before = sorted(str(p) for p in Path().rglob("*"))
+    done = gpt2(*(run_folder if part == "RUN" else part for part in arguments))
+    assert done.code == 1 and done.out == ""
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0], done.err
+    assert not re.search(r"Error\b|Traceback", errors[0])
+    assert sorted(str(p) for p in Path().rglob("*")) == before
+    assert Path("taken/precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda data: data[: len(data) // 2], "damaged"),
+        (lambda data: (1 << 62).to_bytes(8, "little") + data[8:], "damaged"),
+        (lambda data: b"", "damaged"),
+        (lambda data: data[:8] + b"x" + data[9:], "damaged"),
+    ],
+)
+def test_damaged_weights_are_refused(gpt2, run_folder, damage, says):
+    import shutil
+
+    shutil.copytree(run_folder / "step-000008", "model")
+    Path("model/checkpoint.json").unlink()
+    path = Path("model/model.safetensors")
+    path.write_bytes(damage(path.read_bytes()))
+    done = gpt2("sample", "model", "--prompt", "x")
+    assert done.code == 1 and says in done.err and "model.safetensors" in done.err

@@ -1,0 +1,101 @@
+"""The house: who may import whom (the README's map), and how large a room may be."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import gpt2cli
+
+HOUSE = Path(gpt2cli.__file__).parent
+ROOMS = [
+    "errors", "config", "atomic", "tokenizer", "shards", "corpus", "device", "formats", "loss", "model", "data", "optim",
+    "checkpoint", "plan", "train", "generate", "convert", "bench", "commands",
+]  # fmt: skip
+MAY_IMPORT = {
+    "config": [],
+    "atomic": [],
+    "tokenizer": [],
+    "shards": [],
+    "corpus": ["atomic", "shards", "tokenizer"],
+    "device": [],
+    "formats": ["atomic", "config", "tokenizer"],
+    "loss": [],
+    "model": ["config", "loss", "formats", "tokenizer"],
+    "data": ["shards", "tokenizer"],
+    "optim": ["config", "device", "model"],
+    "checkpoint": ["atomic", "formats", "model", "tokenizer"],
+    "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "shards", "tokenizer"],
+    "train": ["atomic", "checkpoint", "data", "device", "formats", "model", "optim", "plan", "shards"],
+    "generate": ["config", "model"],
+    "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
+    "bench": ["config", "device", "generate", "model", "optim", "train"],
+}
+LIBRARIES = {
+    "typer": ["commands"],
+    "rich": ["commands/console"],
+    "tiktoken": ["tokenizer"],
+    "transformers": ["convert"],
+    "huggingface_hub": ["formats/huggingface"],
+    "safetensors": ["formats/huggingface", "checkpoint"],
+}
+FILES = [path for path in sorted(HOUSE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
+
+
+def room_of(path):
+    return path.relative_to(HOUSE).with_suffix("").parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_room_imports_only_what_the_map_says(path):
+    room = room_of(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "gpt2cli" and rest[0] in ROOMS:
+            allowed = ROOMS if room == "commands" else [room, "errors", *MAY_IMPORT.get(room, [])]
+            assert rest[0] in allowed, f"{path.name} imports {name}"
+        elif top in LIBRARIES:
+            where = str(path.relative_to(HOUSE).with_suffix("")).replace("\\", "/")
+            assert any(where.startswith(place) for place in LIBRARIES[top]), f"{path.name} imports {name}"
+
+
+def test_rooms_import_only_rooms_above_them_and_none_is_missing_from_the_map():
+    assert {room_of(path) for path in FILES} == set(ROOMS)
+    for room, above in MAY_IMPORT.items():
+        assert all(ROOMS.index(name) < ROOMS.index(room) for name in above), room
+
+
+def test_the_readmes_map_names_every_room():
+    readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
+    for path in FILES:
+        name = path.relative_to(HOUSE).as_posix()
+        name = "commands/" if name.startswith("commands/") else "formats/" if name.startswith("formats/") else name
+        assert f"`{name}`" in readme, f"{name} is not on the README's map"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_room_is_too_large(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        # A command's parameters are its options, one line each.
+        if isinstance(node, ast.FunctionDef) and node.name != "command":
+            assert node.end_lineno - node.lineno < 70, f"{path.name}: {node.name}"
+
+
+def test_the_options_in_the_readme_exist(gpt2):
+    readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
+    for command in ("tokenize", "train", "sample", "convert", "bench attention", "bench train", "bench sample"):
+        known = gpt2(*command.split(), "--help").out
+        for line in re.findall(rf"^gpt2 {command}\b.*$", readme, re.MULTILINE):
+            for option in re.findall(r"--[a-z-]+", line):
+                assert option in known, f"{line}: {option}"

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+
+from gpt2cli.optim import Muon, lr_at, make_optimizers, orthogonalize
+
+from .conftest import make_model
+
+PLAN = {"steps": 110, "lr": 1.0, "min_lr": 0.1, "warmup_steps": 10}
+
+
+@pytest.mark.parametrize(
+    "schedule, step, lr",
+    [
+        ("cosine", 0, 0.1), ("cosine", 9, 1.0), ("cosine", 10, 1.0), ("cosine", 109, 0.1),
+        ("cosine", 43, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 3))),
+        ("linear", 0, 0.1), ("linear", 10, 1.0), ("linear", 43, 0.7), ("linear", 109, 0.1),
+        ("constant", 4, 0.5), ("constant", 50, 1.0), ("constant", 109, 1.0),
+    ],
+)  # fmt: skip
+def test_the_learning_rate_at_the_corners(schedule, step, lr):
+    assert lr_at(step, schedule=schedule, **PLAN) == pytest.approx(lr)
+
+
+def test_one_step_without_warmup_has_the_full_rate():
+    assert lr_at(0, steps=1, lr=1.0, min_lr=0.1, warmup_steps=0, schedule="cosine") == 1.0
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    model = make_model()
+    names = {p: name for name, p in model.named_parameters()}
+    (adamw,) = make_optimizers(model, "adamw", 0.1)
+    decayed, free = ({names[p] for p in group["params"]} for group in adamw.param_groups)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+    assert decayed | free == set(names.values()) and not decayed & free
+    assert decayed == {n for n in names.values() if n.endswith(("wte.weight", "wpe.weight"))} | {
+        n for n in names.values() if n.endswith("weight") and "ln" not in n
+    }
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_everything_else():
+    model = make_model(tie_word_embeddings=False)
+    names = {p: name for name, p in model.named_parameters()}
+    adamw, muon = make_optimizers(model, "muon", 0.1)
+    qkv, whole = ({names[p] for p in group["params"]} for group in muon.param_groups)
+    assert qkv == {f"h.{n}.attn.c_attn.weight" for n in range(2)}
+    assert whole == {f"h.{n}.{m}.weight" for n in range(2) for m in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    rest = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert rest == set(names.values()) - qkv - whole and {"wte.weight", "wpe.weight", "lm_head.weight"} <= rest
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 24), (2, 40, 10)])
+def test_orthogonalize_keeps_the_directions_and_levels_the_sizes(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    for g, x in zip(G, orthogonalize(G), strict=True):
+        U, _, V = torch.linalg.svd(g, full_matrices=False)
+        inside = U.T @ x @ V.T
+        assert inside.diagonal().min() > 0.5 and inside.diagonal().max() < 1.4
+        assert (inside - inside.diagonal().diag()).abs().max() < 0.1
+
+
+def test_muon_treats_q_k_and_v_as_matrices_of_their_own():
+    torch.manual_seed(0)
+    joined = torch.nn.Parameter(torch.randn(12, 4))
+    parts = [torch.nn.Parameter(part.clone()) for part in joined.detach().split(4)]
+    joined.grad = torch.randn(12, 4)
+    for part, grad in zip(parts, joined.grad.split(4), strict=True):
+        part.grad = grad.clone()
+    Muon([{"params": [joined], "parts": 3}], lr=0.1).step()
+    Muon(parts, lr=0.1).step()
+    assert torch.allclose(joined, torch.cat(parts), atol=1e-6)
