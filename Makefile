@@ -20,7 +20,7 @@ $(DONE): pyproject.toml
 
 run: setup  ## train on the embedded Shakespeare for a few minutes, then sample from the result
 	$(BIN)/gpt2 train
-	$(BIN)/gpt2 sample --prompt "ROMEO." --max-new-tokens 200
+	$(BIN)/gpt2 sample --prompt "KING." --max-new-tokens 200
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest

@@ -82,7 +82,8 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}])
-def test_the_distribution_is_the_one_promised(options):
+@pytest.mark.parametrize("likeliest", [1, 3, 1024])
+def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
     """Chi-square of 100,000 draws against transformers' own processors, at p = 0.001."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -94,6 +95,7 @@ def test_the_distribution_is_the_one_promised(options):
     if config.top_p:
         expected = TopPLogitsWarper(config.top_p)(None, expected)
     p = expected.softmax(dim=-1)[0].double()
+    monkeypatch.setattr("gpt2cli.generate.LIKELIEST", likeliest)
     n = 100_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(choose(logits.expand(n, -1), config, uniform), minlength=8).double()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -51,42 +50,33 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-@contextlib.contextmanager
-def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of bytes on a terminal, nothing elsewhere; call it with (done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+class Bars:
+    """Progress of bytes: a bar for each thing on a terminal, one line for each elsewhere."""
 
+    def __init__(self) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
 
-@contextlib.contextmanager
-def downloads() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar a file on a terminal, one line a file elsewhere; call it with (file, bytes done, bytes in all)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
-        tasks: dict[str, Any] = {}
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
 
-        def report(file: str, done: int, total: int) -> None:
-            if file not in tasks:
-                tasks[file] = progress.add_task(file, total=total or None)
-                if not stderr.is_terminal:
-                    note(f"downloading {file} ({size(total)})")
-            progress.update(tasks[file], completed=done, total=total or None)
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
-        yield report
+    def tokenized(self, done: int, total: int) -> None:
+        self._report("tokenizing", done, total)
+
+    def downloaded(self, file: str, done: int, total: int) -> None:
+        self._report(f"downloading {file}", done, total)
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total or None)
+            if not stderr.is_terminal:
+                note(f"{what} ({size(total)})")
+        self._progress.update(self._tasks[what], completed=done, total=total or None)
 
 
 # ==== train ====
@@ -107,10 +97,8 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),
         ("out", str(plan.out)),
     ]  # fmt: skip
-    table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="cyan"), Text(value))
-    stderr.print(table)
+        stderr.print(Text.assemble((f"{name:<8}", "cyan"), value))
     for message in plan.notes:
         stderr.print(Text(f"note: {message}", style="yellow"))
 

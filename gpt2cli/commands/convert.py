@@ -41,8 +41,8 @@ def command(
     from gpt2cli.commands import console
     from gpt2cli.convert import convert
 
-    with console.downloads() as downloaded:
-        result = convert(name, out, force=force, progress=downloaded)
+    with console.Bars() as bars:
+        result = convert(name, out, force=force, progress=bars.downloaded)
     console.note(
         f"{result.parameters:,} parameters, {result.dtype}, {console.size(result.bytes)}; {result.tensors} tensors equal bit "
         f"for bit after reading back; logits within {result.logits_error:.1e} of transformers'"

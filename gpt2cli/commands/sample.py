@@ -66,8 +66,8 @@ def command(
     from gpt2cli import checkpoint
     from gpt2cli.commands import console
 
-    with console.downloads() as downloaded:
-        loaded = checkpoint.load(model, downloaded)
+    with console.Bars() as bars:
+        loaded = checkpoint.load(model, bars.downloaded)
     if loaded.embedded_vocabulary:
         console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
     show = None if as_json else Writer(text, num_samples)

@@ -48,7 +48,7 @@ def command(
     if out is None:
         first = inputs[0].resolve()
         out = Path(f"{first.name.split('.')[0] or 'text'}-tokens")
-    with console.bar("tokenizing", "bytes") as advance:
+    with console.Bars() as bars:
         manifest = corpus.tokenize(
             inputs,
             out,
@@ -56,7 +56,7 @@ def command(
             policy=corpus.Policy(val_fraction, plain, errors),
             workers=workers,
             shard_tokens=shard_tokens,
-            progress=advance,
+            progress=bars.tokenized,
         )
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens"

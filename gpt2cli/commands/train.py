@@ -105,10 +105,10 @@ def command(
     if resume and out and not (out / "run.json").exists():
         console.note(f"{out} holds no run yet: starting from zero")
         resume = False
-    with console.bar("tokenizing", "bytes") as tokenized, console.downloads() as downloaded:
+    with console.Bars() as bars:
         if resume:
             changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
-            plan = resume_plan(out, changes, data=data, on_skip=console.note, on_tokenize=tokenized)
+            plan = resume_plan(out, changes, data=data, on_skip=console.note, on_tokenize=bars.tokenized)
         else:
             if data is None:
                 console.note("no INPUT: training on the embedded works of Shakespeare")
@@ -120,8 +120,8 @@ def command(
                 init_from=init_from,
                 out=out,
                 cache=cache_dir,
-                on_tokenize=tokenized,
-                on_download=downloaded,
+                on_tokenize=bars.tokenized,
+                on_download=bars.downloaded,
             )
     carry_out(plan, dry_run, sample_prompt)
 
