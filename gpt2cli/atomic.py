@@ -42,6 +42,18 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def sweep(parent: Path) -> None:
+    """Remove what a killed `new_folder` left in `parent`, and put back a folder it had moved aside."""
+    for path in parent.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in parent.glob(".*.old"):
+        target = parent / path.name[1:].rsplit(".", 2)[0]
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(target)
+
+
 def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk. Windows cannot open folders: there it is left to the system."""
     if os.name == "nt" and path.is_dir():

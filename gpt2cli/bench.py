@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -75,11 +75,17 @@ def sdpa_with(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attend, mask = compiled_flex(q.shape[2], q.device.type)
+    return attend(q, k, v, block_mask=mask)
+
+
+@cache
+def compiled_flex(T: int, device_type: str) -> tuple[Callable[..., Tensor], Any]:
+    """Compiled once for a T, as a program that uses it would."""
     from torch.nn.attention import flex_attention as flex
 
-    T = q.shape[2]
-    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=q.device.type)
-    return torch.compile(flex.flex_attention)(q, k, v, block_mask=mask)
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device_type)
+    return torch.compile(flex.flex_attention), mask
 
 
 def attention_kernels(where: torch.device, dtype: torch.dtype, head_size: int) -> tuple[dict[str, Attention], dict[str, str]]:

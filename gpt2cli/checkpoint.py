@@ -10,8 +10,11 @@ runs/NAME/run.json           what was asked, what was decided, versions, data an
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +83,7 @@ def restore(folder: Path, model: GPT, optimizers: Optimizers) -> dict[str, Any]:
             for key in [key for key in tensors if key.startswith("optimizer.") and key.endswith(suffix)]:
                 short = key.removeprefix("optimizer.").removesuffix(suffix)
                 value = tensors[key]
-                owner[parameter].state[parameter][short] = value if short == "step" else value.to(parameter.device)
+                owner[parameter].state[parameter][short] = value.to(parameter.device)
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -129,7 +132,7 @@ def latest(run: Path, on_skip: Callable[[str], None]) -> Path | None:
 
 def best(run: Path) -> Path | None:
     """The checkpoint with the lowest validation loss in `metrics.jsonl`; the newest where none was evaluated."""
-    losses = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
+    losses = val_losses(run)
     folders = checkpoints(run)
     evaluated = [folder for folder in folders if step_of(folder) in losses]
     if not evaluated:
@@ -137,10 +140,16 @@ def best(run: Path) -> Path | None:
     return min(evaluated, key=lambda folder: losses[step_of(folder)])
 
 
+def val_losses(run: Path) -> dict[int, float]:
+    """Step -> validation loss, of the evaluations in `metrics.jsonl`."""
+    found = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
+    return {step: loss for step, loss in found.items() if isinstance(loss, float) and math.isfinite(loss)}
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The whole lines of `metrics.jsonl`; one that a crash cut short is left out."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     values = []
     for line in lines:
         try:
@@ -156,6 +165,13 @@ def runs(parent: Path) -> list[Path]:
     """Run folders below `parent`, the one that was written last first."""
     found = [path.parent for path in parent.glob("*/run.json")]
     return sorted(found, key=lambda run: max(p.stat().st_mtime for p in [run / "run.json", *checkpoints(run)]), reverse=True)
+
+
+def free_name(data: Path) -> Path:
+    """A run folder that does not exist yet, named by its data and the time."""
+    first = Path("runs") / f"{data.name.split('.')[0] or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (first if n == 0 else first.with_name(f"{first.name}-{n}") for n in itertools.count())
+    return next(path for path in names if not path.exists())
 
 
 # ==== loading to use ====

@@ -144,6 +144,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, but is {value}")
+        if self.seed >= 1 << 62:
+            raise UserError(f"seed must be below 2^62, but is {self.seed}")
         for name in ("warmup_steps", "log_every", "eval_every", "save_every", "sample_every", "eval_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
@@ -178,6 +180,8 @@ class SamplingConfig:
     overflow: str = "stop"  # at the end of the context: stop, or slide, and see the last block_size tokens
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 62:
+            raise UserError(f"--seed must be at least 0 and below 2^62, but is {self.seed}")
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
         if not self.temperature > 0:

@@ -38,8 +38,10 @@ def convert(source: str, out: Path, *, force: bool = False, progress: huggingfac
     if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists: give another --out, or --force to replace it")
     found = checkpoint.find_model(source, progress)
-    if out.resolve() == found.resolve():
-        raise UserError(f"{out} is the source itself: give another --out")
+    if found.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is the source itself, or holds it: give another --out")
+    if out.is_dir() and any(out.iterdir()) and (not (out / "config.json").is_file() or any(p.is_dir() for p in out.iterdir())):
+        raise UserError(f"{out} is not a model folder, so --force does not replace it: give another --out")
     config, state = huggingface.read(found)
     encoding = Encoding.from_folder(found)
     if encoding is None and config.vocab_size == Encoding.gpt2().n_vocab:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -197,7 +198,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
         with _open(path) as file:
             while block := file.read(BLOCK):
                 yield block
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from None
 
 

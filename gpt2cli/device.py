@@ -10,6 +10,7 @@ import time
 from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2cli.errors import UserError
@@ -68,6 +69,19 @@ def precision(device: torch.device, dtype: str, attention: str = "auto") -> Abst
     if attention != "auto":
         stack.enter_context(sdpa_kernel([KERNELS[attention]]))
     return stack
+
+
+def check_attention(device: torch.device, dtype: str, attention: str, head_size: int, dropout: float) -> None:
+    """Raises UserError where SDPA has no such kernel for this device, dtype, head size and dropout."""
+    if attention == "auto":
+        return
+    q = torch.zeros(1, 1, 16, head_size, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    try:
+        with sdpa_kernel([KERNELS[attention]]):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True, dropout_p=dropout).sum().backward()
+    except RuntimeError:
+        on = f"{device.type} with {dtype}, heads of {head_size}" + (f" and attention dropout {dropout}" if dropout else "")
+        raise UserError(f"--attention {attention} does not run on {on}; see 'gpt2 bench attention', or leave it out") from None
 
 
 def set_up(seed: int) -> None:

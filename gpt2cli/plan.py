@@ -64,6 +64,11 @@ class Plan:
         return self.train.steps or 0
 
     @property
+    def first_step(self) -> int:
+        """Updates already done."""
+        return checkpoint.step_of(self.resume_from) if self.resume_from else 0
+
+    @property
     def accumulation(self) -> int:
         """Micro-steps of an update."""
         return self.train.tokens_per_step // (self.batch_size * self.seq_len)
@@ -119,9 +124,13 @@ def make_plan(
 
     Raises UserError for anything that would stop the run later.
     """
-    out = out or _free_name(data)
-    if out.exists() and any(out.iterdir()) if out.is_dir() else out.exists():
-        raise UserError(f"{out} already holds files: continue it with 'gpt2 train --resume --out {out}', or give another --out")
+    out = out or checkpoint.free_name(Path(data or corpus.EMBEDDED))
+    if (out / "run.json").exists():
+        raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
+    if any(out.iterdir()) if out.is_dir() else out.exists():
+        raise UserError(f"{out} already holds files: give another --out")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
     start = checkpoint.find_model(init_from, on_download) if init_from else None
     where = device.pick_device(train.device)
     asked = dict(shape or {}) | {"preset": preset, "init_from": init_from}
@@ -140,9 +149,9 @@ def make_plan(
     train_tokens, val_tokens = count_tokens(tokens)
     if not val_tokens:
         notes.append("no validation split: the newest checkpoint counts as the best")
-    if not (tokens / "manifest.json").is_file():
-        _check_ids(tokens, model.vocab_size)
+    _check_ids(tokens, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
+    device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)
     train = _decide_length(train, model, train_tokens, bool(start), notes)
     plan = Plan(
         out=out,
@@ -165,6 +174,7 @@ def resume_plan(
     changes: Mapping[str, Any],
     *,
     data: str | Path | None = None,
+    cache: Path | None = None,
     on_skip: Callable[[str], None] = lambda message: None,
     on_tokenize: corpus.Progress = lambda done, total: None,
 ) -> Plan:
@@ -186,11 +196,11 @@ def resume_plan(
         model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
         before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
         init_from, asked = run["init_from"], dict(run["asked"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r} is missing") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
     for name, value in changes.items():
         had = (asdict(model) | asdict(before)).get(name)
-        if name not in FREE_ON_RESUME and value not in (had, asked.get(name, had)):
+        if name not in FREE_ON_RESUME and value not in (had, asked.get(name, getattr(TrainConfig(), name, had))):
             raise UserError(
                 f"--{name.replace('_', '-')} {value} would make {out} a different run (it has {asked.get(name, had)}); "
                 "leave it out, or start a new run with another --out"
@@ -198,12 +208,14 @@ def resume_plan(
     train = replace(before, **{name: value for name, value in changes.items() if name in FREE_ON_RESUME})
     train = replace(train, device=device.pick_device(train.device).type)
     start = checkpoint.latest(out, on_skip)
+    if start and (train.steps or 0) < checkpoint.step_of(start):
+        raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
     encoding = Encoding.gpt2()
     if start or init_from:
         encoding, _ = checkpoint.find_encoding(start or Path(init_from), model.vocab_size)
     if not tokens.is_dir() or data is not None:
         source = data if data is not None else None if given == str(corpus.EMBEDDED) else given
-        tokens, _ = _find_tokens(source, train, encoding, None, on_tokenize)
+        tokens, _ = _find_tokens(source, train, encoding, cache, on_tokenize)
     if fingerprint(tokens) != wanted:
         raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
     train_tokens, val_tokens = count_tokens(tokens)
@@ -218,12 +230,6 @@ def resume_plan(
 # ==== the parts of a decision ====
 
 
-def _free_name(data: str | Path | None) -> Path:
-    stem = Path(data or corpus.EMBEDDED).name.split(".")[0] or "run"
-    out = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(path for n in range(1000) if not (path := out if n == 0 else out.with_name(f"{out.name}-{n}")).exists())
-
-
 def _decide_shape(
     shape: dict[str, Any], train: TrainConfig, preset: str, start: Path | None, encoding: Encoding, notes: list[str]
 ) -> tuple[GPTConfig, TrainConfig]:
@@ -236,8 +242,6 @@ def _decide_shape(
         # Its own dropout of 0.1 was never used for training here: fine-tuning has what is asked, by default none.
         model = replace(known, **{"dropout": 0.0, "attn_dropout": 0.0} | shape)
     else:
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
         chosen = PRESETS[preset] | shape
         chosen.setdefault("block_size", train.seq_len or DEFAULT_SEQ_LEN)
         model = from_dict(GPTConfig, {"vocab_size": encoding.n_vocab} | chosen, "model")
@@ -258,7 +262,7 @@ def _find_tokens(
 ) -> tuple[Path, str]:
     """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
     path = Path(data) if data is not None else corpus.EMBEDDED
-    if path.is_dir() and (find_shards(path, "train") or (path / "manifest.json").is_file()):
+    if path.is_dir() and (find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file()):
         folder = path.resolve()
     else:
         policy = corpus.Policy(train.val_fraction, train.plain, train.errors)
@@ -266,7 +270,14 @@ def _find_tokens(
     return folder, fingerprint(folder)
 
 
-def _check_ids(folder: Path, vocab_size: int) -> None:
+def _check_ids(folder: Path, vocab_size: int, encoding: Encoding) -> None:
+    """Raises UserError for shards of another tokenizer, or, where they do not tell, with ids the model does not know."""
+    if (folder / "manifest.json").is_file():
+        made_with = atomic.read_json(folder / "manifest.json").get("tokenizer_sha256")
+        if made_with == encoding.sha256:
+            return
+        if made_with:
+            raise UserError(f"{folder} was tokenized with another vocabulary than the model's: tokenize the text again")
     for split in ("train", "val"):
         if find_shards(folder, split) and (largest := Tokens.open(folder, split).largest()) >= vocab_size:
             raise UserError(f"{folder}: its {split} shards hold id {largest:,}, but the model knows {vocab_size:,} ids")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -96,9 +97,10 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """Files of one split, in order: `train*`/`val*`, or names that contain the word, as in FineWeb's shards."""
+    """Files of one split, in order: those with the word in their name, as in FineWeb's shards."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".npy") and path.is_file()]
-    return [path for path in files if split in path.stem.lower()]
+    word = re.compile(rf"(?<![a-z]){split}(?:ing|id|idation)?(?![a-z])")
+    return [path for path in files if word.search(path.stem.lower())]
 
 
 class Tokens:
@@ -140,7 +142,7 @@ class Tokens:
 def count_tokens(folder: Path) -> tuple[int, int]:
     """Tokens of the training and the validation split; there may be none of the latter."""
     val = len(Tokens.open(folder, "val")) if find_shards(folder, "val") else 0
-    return len(Tokens.open(folder, "train")), val
+    return len(Tokens.open(folder, "train")), val if val > 1 else 0  # one token predicts nothing
 
 
 def fingerprint(folder: Path) -> str:

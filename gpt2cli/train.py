@@ -26,8 +26,9 @@ from gpt2cli.formats import huggingface
 from gpt2cli.model import GPT
 from gpt2cli.optim import lr_at, make_optimizers
 from gpt2cli.plan import Plan
-from gpt2cli.shards import Tokens, find_shards
+from gpt2cli.shards import Tokens
 
+LOGGED = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed")  # of a step in metrics.jsonl
 Batch = tuple[Tensor, Tensor]  # x, y, each (B, T)
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -74,23 +75,30 @@ def train(
     atomic.write_json(plan.out / "run.json", plan.to_json())
     run, cadence = Run(plan), plan.train
     yield from run.catch_up()
+    saved_step, metrics = run.progress.step, None
     while run.progress.step < plan.steps and not should_stop():
         run.step()
-        step = run.progress.step
-        end = step == plan.steps or should_stop()
+        step, metrics = run.progress.step, None
+        last = step == plan.steps
         cadences = cadence.log_every, cadence.eval_every, cadence.save_every, cadence.sample_every
-        if not (end or any(is_due(step, every) for every in cadences)):
+        if not (last or any(is_due(step, every) for every in cadences)):
             continue
-        metrics = run.measure(log=step == plan.steps or is_due(step, cadence.log_every))
-        saved = run.save() if end or is_due(step, cadence.save_every) else None
-        if run.val_tokens and (step == plan.steps or is_due(step, cadence.eval_every)):
+        metrics = run.measure(log=last or is_due(step, cadence.log_every))
+        saved = run.save() if last or is_due(step, cadence.save_every) else None
+        if run.val_tokens and (last or is_due(step, cadence.eval_every)):
             val_loss, bits, improved = run.evaluate()
             metrics = replace(metrics, val_loss=val_loss, val_bits_per_byte=bits)
             saved = saved or (run.save() if improved else None)
         if saved:
+            saved_step = step
             checkpoint.prune(plan.out)
         samples = sample(run.model) if sample and is_due(step, cadence.sample_every) else ()
         yield replace(metrics, saved=saved, samples=samples)
+    if saved_step != run.progress.step:  # stopped between two checkpoints
+        metrics = metrics or run.measure(log=False)
+        saved = run.save()
+        checkpoint.prune(plan.out)
+        yield replace(metrics, saved=saved, val_loss=None, val_bits_per_byte=None)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -102,6 +110,7 @@ class Run:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        atomic.sweep(plan.out)
         device.set_up(plan.train.seed)
         self.model = GPT(plan.model)
         if plan.init_from and not plan.resume_from:
@@ -117,8 +126,10 @@ class Run:
             seed=plan.train.seed,
             position=self.progress.position,
         )
-        self.val_tokens = Tokens.open(plan.tokens, "val") if find_shards(plan.tokens, "val") else None
-        self.byte_lengths = torch.from_numpy(plan.encoding.byte_lengths())
+        self.val_tokens = Tokens.open(plan.tokens, "val") if plan.val_tokens else None
+        # A model may know more ids than its tokenizer; they stand for no text.
+        self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)
+        self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())
         self._window_tokens, self._window_seconds = 0, 0.0  # of the steps since the last measure
         self._trim_metrics()
         if plan.train.compile == "on":
@@ -169,10 +180,11 @@ class Run:
         started = time.perf_counter()
         loss, grad_norm = float(self._loss), float(self._grad_norm)
         self._add_time(started)
-        if not math.isfinite(loss):
+        # fp16's scaler skips a step whose gradients overflowed by itself.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
             raise UserError(
-                f"the loss is {loss} at step {self.progress.step}: lower --lr (it was {self._lr:.1e}); "
-                f"the last good checkpoint is in {self.plan.out}"
+                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.progress.step}: lower --lr (it was "
+                f"{self._lr:.1e}); this step was not saved"
             )
         metrics = StepMetrics(
             step=self.progress.step,
@@ -184,16 +196,15 @@ class Run:
             elapsed=self.progress.elapsed,
         )
         self._window_tokens, self._window_seconds = 0, 0.0
-        keys = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed")
         if log:
-            self._log({key: value for key, value in asdict(metrics).items() if key in keys})
+            self._log({key: value for key, value in asdict(metrics).items() if key in LOGGED})
         return metrics
 
     def evaluate(self) -> tuple[float, float | None, bool]:
         """Validation loss, bits per byte, and whether that loss is the lowest of the run so far."""
         assert self.val_tokens
         started = time.perf_counter()
-        before = [line["val_loss"] for line in checkpoint.read_metrics(self.plan.out) if "val_loss" in line]
+        before = checkpoint.val_losses(self.plan.out).values()
         batches = eval_batches(self.val_tokens, self.plan.batch_size, self.plan.seq_len, self.plan.train.eval_tokens)
         val_loss, bits = validate(self.model, batches, self.precision, self.byte_lengths)
         self._log({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
@@ -215,7 +226,8 @@ class Run:
         if self.val_tokens and self.progress.step and due and not any("val_loss" in line for line in lines):
             val_loss, bits, _ = self.evaluate()
             for line in lines:
-                yield StepMetrics(**line, val_loss=val_loss, val_bits_per_byte=bits)
+                if set(LOGGED) <= set(line):
+                    yield StepMetrics(**{key: line[key] for key in LOGGED}, val_loss=val_loss, val_bits_per_byte=bits)
 
     def _add_time(self, started: float) -> None:
         seconds = time.perf_counter() - started

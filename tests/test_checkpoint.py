@@ -99,10 +99,9 @@ def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoint(run, monk
         raise OSError(28, "No space left on device")
 
     target = {"atomic.flush": "gpt2cli.atomic.flush", "atomic.seal": "gpt2cli.atomic.seal"}.get(when)
-    monkeypatch.setattr(target or f"gpt2cli.checkpoint.{when}", full)
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(target or f"gpt2cli.checkpoint.{when}", full)
         alive.save()
-    monkeypatch.undo()
     assert (run / "step-000008" / "checkpoint.json").read_bytes() == before
     assert atomic.check_seal(run / "step-000008") and not list(run.glob(".*"))
 

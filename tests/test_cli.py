@@ -150,6 +150,8 @@ def test_settings_come_from_a_toml_file_or_a_run_and_the_command_line_wins(gpt2,
         for folder in (run_folder, Path("again"))
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 10
+    assert " 1.0" in gpt2("train", "--config", run_folder / "run.json", "--epochs", 1, "--dry-run").err
+    assert "124,439,808" in gpt2("train", "--config", run_folder / "run.json", "--preset", "gpt2", "--dry-run").err
     Path("config.toml").write_text("layers = 3\n")
     assert "unknown setting 'layers'" in gpt2("train", "--config", "config.toml").err
 
@@ -161,6 +163,8 @@ def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_r
     assert done.code == 0 and "from 2 to 3" in done.err and "step 3/3" in done.err
     assert gpt2("train", "--resume", "--steps", 4).out == "runs/mine\n"
     assert "different run" in gpt2(*command, "--seed", 5).err
+    assert gpt2(*command, "--steps", 4, "--compile", "auto", "--tokens-per-step", 256).code == 0
+    assert "already done" in gpt2(*command, "--steps", 1).err
     steps = [
         json.loads(line)["step"] for line in Path("runs/mine/metrics.jsonl").read_text().splitlines() if "grad_norm" in line
     ]
@@ -243,6 +247,10 @@ TRAIN = ("train", "fine.txt", *TINY)
         ((*TRAIN, "--device", "mps"), "--device mps"),
         ((*TRAIN, "--device", "tpu"), "device is 'tpu'"),
         ((*TRAIN, "--dtype", "fp8"), "dtype is 'fp8'"),
+        ((*TRAIN, "--device", "cpu", "--attention", "cudnn"), "--attention cudnn does not run"),
+        ((*TRAIN, "--seed", "1" + "0" * 25), "seed"),
+        ((*TRAIN, "--sample-every", "1", "--sample-prompt", ""), "--sample-prompt"),
+        ((*TRAIN, "--preset", "gpt2", "--init-from", "RUN"), "--preset and --init-from"),
         ((*TRAIN, "--block-size", "16"), "--seq-len 32 is longer"),
         ((*TRAIN, "--init-from", "folder"), "folder is not a model folder"),
         ((*TRAIN, "--out", "taken"), "taken already holds files"),

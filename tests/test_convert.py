@@ -54,6 +54,10 @@ def write_bin(state, folder):
     torch.save(state, folder / "pytorch_model.bin")
 
 
+def write_old_bin(state, folder):
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
 def write_shards(state, folder, save=save_file, stem="model", suffix="safetensors"):
     names = sorted(state)
     files = {f"{stem}-0000{n + 1}-of-00002.{suffix}": names[n::2] for n in range(2)}
@@ -68,7 +72,7 @@ def write_bin_shards(state, folder):
 
 
 @pytest.mark.parametrize("form", [lambda s: s, bare, with_masks, with_head, lambda s: bare(with_masks(with_head(s)))])
-@pytest.mark.parametrize("write", [write_safetensors, write_bin, write_shards, write_bin_shards])
+@pytest.mark.parametrize("write", [write_safetensors, write_bin, write_old_bin, write_shards, write_bin_shards])
 def test_every_form_of_a_folder_is_the_same_model(folder, form, write):
     expected, state = GPT.from_pretrained(folder), load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -111,6 +115,13 @@ def test_an_existing_target_is_replaced_only_by_force(folder, tmp_path):
     convert(str(folder), tmp_path / "out", force=True)
     with pytest.raises(UserError, match="source itself"):
         convert(str(folder), folder, force=True)
+    with pytest.raises(UserError, match="holds it"):
+        convert(str(folder), folder.parent, force=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="not a model folder"):
+        convert(str(folder), tmp_path / "home", force=True)
+    assert (tmp_path / "home" / "precious").exists()
 
 
 class Trap:

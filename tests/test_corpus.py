@@ -104,9 +104,11 @@ def test_bad_bytes_can_be_replaced(tmp_path):
 
 
 def test_a_torn_gzip_is_a_user_error(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:-20])
-    with pytest.raises(UserError, match="gzip"):
-        run([tmp_path / "a.txt.gz"], tmp_path / "out")
+    whole = gzip.compress(bytes(range(1, 128)) * 100)
+    for torn in (whole[:-20], whole[:30] + b"\xff" * 20 + whole[50:], b"not gzip"):
+        (tmp_path / "a.txt.gz").write_bytes(torn)
+        with pytest.raises(UserError, match="gzip"):
+            run([tmp_path / "a.txt.gz"], tmp_path / "out")
 
 
 def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, text_file):

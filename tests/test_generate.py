@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
     if config.top_p:
         expected = TopPLogitsWarper(config.top_p)(None, expected)
     p = expected.softmax(dim=-1)[0].double()
-    monkeypatch.setattr("gpt2cli.generate.LIKELIEST", likeliest)
+    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "LIKELIEST", likeliest)
     n = 100_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(choose(logits.expand(n, -1), config, uniform), minlength=8).double()

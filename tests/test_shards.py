@@ -38,6 +38,13 @@ def test_shards_of_others_are_read(tmp_path):
         Tokens.open(tmp_path, "test")
 
 
+def test_a_split_is_a_word_of_the_name_not_a_part_of_one(tmp_path):
+    for name in ("medieval_train_000000", "fineweb_val_000000", "fineweb_train_000001", "validation", "interval", "train"):
+        (tmp_path / f"{name}.bin").write_bytes(b"ab")
+    assert [p.stem for p in find_shards(tmp_path, "val")] == ["fineweb_val_000000", "validation"]
+    assert [p.stem for p in find_shards(tmp_path, "train")] == ["fineweb_train_000001", "medieval_train_000000", "train"]
+
+
 def with_header(*values):
     return np.array([*values, *[0] * (256 - len(values))], dtype="<i4").tobytes()
 

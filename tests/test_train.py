@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,32 @@ def test_five_steps_and_five_resumed_are_ten_bit_for_bit(text_file, optimizer, d
     assert same(weights("whole/step-000010"), weights("halves/step-000010"))
     steps = [line["step"] for line in read_metrics(Path("halves")) if "loss" in line]
     assert steps == list(range(1, 11))
+
+
+@pytest.mark.parametrize("when", ["measure", "evaluate", "save", "step"])
+def test_a_stop_at_any_moment_of_a_step_is_saved(text_file, monkeypatch, when):
+    import gpt2cli.train  # noqa: F401 - the module behind the function
+
+    module, asked = sys.modules["gpt2cli.train"], []
+    original = getattr(module.Run, when)
+
+    def with_signal(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        asked.extend([True] * (self.progress.step == 4))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, when, with_signal)
+        steps = list(train(new_plan(text_file, "run", eval_every=2, save_every=2), should_stop=lambda: bool(asked)))
+    assert steps[-1].step == 4 and Path("run/step-000004").is_dir()
+    asked.clear()
+
+    def stop():
+        asked.append(True)
+        return len(asked) > 5
+
+    steps = list(train(new_plan(text_file, "rare", log_every=3, eval_every=0, save_every=0), should_stop=stop))
+    assert steps[-1].saved == Path("rare/step-000005") and steps[-1].step == 5
 
 
 def test_two_runs_with_one_seed_are_one_run_and_another_seed_is_another(text_file):
@@ -178,6 +205,39 @@ def test_resuming_refuses_other_data_and_another_shape_and_takes_more_steps(text
     longer = resume_plan(Path("run"), {"steps": 4})
     assert any("from 2 to 4" in note for note in longer.notes)
     assert [m.step for m in train(longer)] == [3, 4]
+
+
+def test_shards_of_another_tokenizer_and_a_model_with_more_ids_than_its_tokenizer(text_file):
+    from gpt2cli.corpus import tokenize
+    from gpt2cli.tokenizer import Encoding
+
+    manifest = tokenize([text_file], Path("tokens"), encoding=Encoding.gpt2())
+    make_model(vocab_size=50304).save_pretrained("padded")
+    plan = make_plan("tokens", {}, TrainConfig(**CONFIG | {"steps": 1}), init_from="padded", out=Path("a"))
+    assert list(train(plan))[-1].val_bits_per_byte > 0
+    text = Path("tokens/manifest.json").read_text().replace(manifest.tokenizer_sha256, "0" * 64)
+    Path("tokens/manifest.json").write_text(text)
+    with pytest.raises(UserError, match="another vocabulary"):
+        new_plan("tokens", "b")
+
+
+def test_a_split_too_small_to_predict_anything_counts_as_none(text_file):
+    import numpy as np
+
+    Path("bin").mkdir()
+    np.arange(5000).astype("<u2").tofile("bin/train.bin")
+    np.arange(1).astype("<u2").tofile("bin/val.bin")
+    plan = new_plan("bin", "run", steps=1)
+    assert plan.val_tokens == 0 and list(train(plan))[-1].val_loss is None
+
+
+def test_what_a_killed_save_left_behind_is_swept(text_file):
+    list(train(new_plan(text_file, "run", steps=2)))
+    Path("run/step-000002").rename("run/.step-000002.77.old")
+    Path("run/.step-000003.77.tmp").mkdir()
+    plan = resume_plan(Path("run"), {})
+    list(train(plan))
+    assert sorted(p.name for p in Path("run").iterdir()) == ["metrics.jsonl", "run.json", "step-000002"]
 
 
 def test_public_shards_train_as_they_are_and_ids_beyond_the_vocabulary_stop_before_the_first_step(tmp_path):

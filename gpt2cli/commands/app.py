@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -52,6 +53,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         return complain(str(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return complain("out of memory: try a smaller --batch-size, --seq-len or model")
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has gone, as in `gpt2 sample | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +73,9 @@ def complain(message: str) -> int:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding shows ? instead of a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # SIGTERM ends like Ctrl-C, but with its own status; `train` replaces both to save first.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())

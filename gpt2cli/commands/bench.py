@@ -18,9 +18,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 @app.callback(invoke_without_command=True)
-def default(context: typer.Context) -> None:
+def default(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is None:
-        attention()
+        attention(as_json=as_json)
 
 
 @app.command()

@@ -111,7 +111,8 @@ class TrainDisplay:
         self.val: StepMetrics | None = None
         self.live = Live(console=stderr, auto_refresh=False, transient=True) if stderr.is_terminal else None
         self._began = time.perf_counter()
-        self._first: int | None = None  # the step this session began after
+        self._first = plan.first_step
+        self._estimated = False
         self._shown = float("-inf")
 
     def __enter__(self) -> TrainDisplay:
@@ -124,17 +125,16 @@ class TrainDisplay:
             self.live.stop()
 
     def show(self, metrics: StepMetrics) -> None:
-        if self._first is None:
-            self._first = metrics.step - 1
         now = time.perf_counter()
-        done = metrics.step - self._first
+        done = max(1, metrics.step - self._first)
         left = (now - self._began) / done * (self.plan.steps - metrics.step)
         if metrics.val_loss is not None:
             self.val = metrics
         if self.live:
             self.live.update(self._line(metrics, left), refresh=True)
-        if done == 5 and left > 0:
-            self._say(f"about {seconds(left)} left, measured over 5 steps")
+        if done >= 5 and left > 0 and not self._estimated:
+            self._estimated = True
+            self._say(f"about {seconds(left)} left, measured over {done} steps")
         elif not self.live and (now - self._shown > 5 or metrics.step == self.plan.steps):
             self._shown = now
             self._say(self._line(metrics, left).plain)

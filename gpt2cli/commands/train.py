@@ -101,21 +101,24 @@ def command(
     from gpt2cli.commands import console
     from gpt2cli.plan import make_plan, resume_plan
 
-    given = {name: value for name, value in context.params.items() if was_given(context, name)}
+    if init_from and source_of(context, "preset") == "COMMANDLINE":
+        raise UserError("--preset and --init-from both say what the model is: give one of them")
+    values = {name: value for name, value in context.params.items() if name not in overridden(context)}
+    given = {name: value for name, value in values.items() if source_of(context, name) != "DEFAULT"}
     if resume and out and not (out / "run.json").exists():
         console.note(f"{out} holds no run yet: starting from zero")
         resume = False
     with console.Bars() as bars:
         if resume:
             changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
-            plan = resume_plan(out, changes, data=data, on_skip=console.note, on_tokenize=bars.tokenized)
+            plan = resume_plan(out, changes, data=data, cache=cache_dir, on_skip=console.note, on_tokenize=bars.tokenized)
         else:
             if data is None:
                 console.note("no INPUT: training on the embedded works of Shakespeare")
             plan = make_plan(
                 data,
                 {name: given[name] for name in SHAPE_FIELDS if name in given},
-                TrainConfig(**{name: context.params[name] for name in vars(TRAIN)}),
+                TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
                 preset=preset,
                 init_from=init_from,
                 out=out,
@@ -126,9 +129,17 @@ def command(
     carry_out(plan, dry_run, sample_prompt)
 
 
-def was_given(context: typer.Context, name: str) -> bool:
+def source_of(context: typer.Context, name: str) -> str:
     source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return source.name if source is not None else "DEFAULT"
+
+
+def overridden(context: typer.Context) -> set[str]:
+    """Settings of a file that the command line replaces by another name: --epochs the file's steps, and so on."""
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    by = {"epochs": ("steps",), "steps": ("epochs",), "lr": ("min_lr",), "preset": shape}
+    said = [name for name in by if source_of(context, name) == "COMMANDLINE"]
+    return {other for name in said for other in by[name] if source_of(context, other) == "DEFAULT_MAP"}
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -142,10 +153,10 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         except (OSError, ValueError) as error:
             raise UserError(f"--config {path}: {error}") from None
         values = {name.replace("-", "_"): value for name, value in values.items()}
-        values["data"] = values.pop("input", None)
-        unknown = sorted(set(values) - options)
+        unknown = sorted(set(values) - (options - {"data"}) - {"input"})
         if unknown:
             raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
+        values["data"] = values.pop("input", None)
     else:
         run = read_json(path)
         try:
@@ -161,6 +172,7 @@ def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
     from gpt2cli.commands import console
     from gpt2cli.train import train
 
+    sample = sampler(plan, sample_prompt)
     rate = device.matmul_rate(plan.device, plan.train.dtype)
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
@@ -168,16 +180,15 @@ def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
     stop = StopRequest()
     with console.TrainDisplay(plan, rate) as display, stop:
         last = None
-        for last in train(plan, should_stop=stop.asked, sample=sampler(plan, sample_prompt)):
+        for last in train(plan, should_stop=stop.asked, sample=sample):
             display.show(last)
-    finished = last is None or last.step >= plan.steps
-    if stop.number:
-        console.note(f"stopped and saved; continue with: gpt2 train --resume --out {plan.out}")
-    elif last is None:
-        console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     print(plan.out)
-    if stop.number and not finished:
+    step = last.step if last else plan.first_step
+    if step < plan.steps:
+        console.note(f"stopped after step {step:,}, which is saved; continue with: gpt2 train --resume --out {plan.out}")
         raise typer.Exit(128 + stop.number)
+    if last is None:
+        console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
 
 
@@ -213,9 +224,12 @@ def sampler(plan: Plan, prompt: str) -> Any:
 
     encoding = plan.encoding
 
+    ids = encoding.encode(prompt, special=True)
+    if plan.train.sample_every and not 0 < len(ids) <= plan.model.block_size:
+        raise UserError(f"--sample-prompt has {len(ids):,} tokens; expected 1 to {plan.model.block_size:,}")
+
     def sample(model: GPT) -> Sequence[str]:
         model.eval()
-        ids = encoding.encode(prompt, special=True)
         config = SamplingConfig(max_new_tokens=min(100, max(1, model.config.block_size - len(ids))))
         new = [row[0] for row in generate(model, ids, config, eot=encoding.eot, n_vocab=encoding.n_vocab)]
         return [prompt + encoding.decode(token for token in new if token is not None)]

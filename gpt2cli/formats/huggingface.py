@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def _read_tensors(path: Path) -> list[tuple[str, Tensor]]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds for damaged or hostile files
@@ -210,6 +211,7 @@ def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | No
     for ours, shape in expected_shapes(config).items():
         if ours not in state or tuple(state[ours].shape) != shape:
             raise ValueError(f"{ours} should be a tensor of shape {shape}")
+    (folder / atomic.SEAL).unlink(missing_ok=True)  # it would be another model's
     dtype = state["wte.weight"].dtype
     theirs = {}
     for ours, tensor in state.items():
@@ -245,25 +247,26 @@ def find(name: str, progress: Progress | None = None) -> Path:
         raise UserError(f"{name} on the hub has no config.json: it is not a transformers model")
     config_from_json(atomic.read_json(config), f"{name}/config.json")
     folder = config.parent
+    revision = folder.name  # the cache names it by the commit: all files are to be of one
     for file in _TOKENIZER:
-        if _download(name, file, progress) and file == "tokenizer.json":
+        if _download(name, file, progress, revision) and file == "tokenizer.json":
             break
     for file in _WEIGHTS:
-        found = _download(name, file, progress)
+        found = _download(name, file, progress, revision)
         if found:
             for shard in shard_names(found) if file.endswith(".index.json") else []:
-                if not _download(name, shard, progress):
+                if not _download(name, shard, progress, revision):
                     raise UserError(f"{name} on the hub lacks {shard}, which its {file} names")
             return folder
     raise UserError(f"{name} on the hub has no weights: expected {' or '.join(_WEIGHTS)}")
 
 
-def _download(name: str, file: str, progress: Progress | None) -> Path | None:
+def _download(name: str, file: str, progress: Progress | None, revision: str | None = None) -> Path | None:
     """One file of a hub model, from HuggingFace's cache where it is there; None where the model has no such file."""
     from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
     from tqdm.auto import tqdm
 
-    cached = try_to_load_from_cache(name, file)
+    cached = try_to_load_from_cache(name, file, revision=revision)
     if cached is not None:  # else nobody has asked for it yet
         return None if cached is _CACHED_NO_EXIST else Path(str(cached))
 
@@ -284,7 +287,7 @@ def _download(name: str, file: str, progress: Progress | None) -> Path | None:
         f"'gpt2 convert --from-hf {name}' and copy the folder here, or give the path of a local folder"
     )
     try:
-        return Path(hf_hub_download(name, file, tqdm_class=Report))
+        return Path(hf_hub_download(name, file, revision=revision, tqdm_class=Report))
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
             f"the hub has no model named {name} (or it is private: log in with 'hf auth login'); "
@@ -296,3 +299,7 @@ def _download(name: str, file: str, progress: Progress | None) -> Path | None:
         return None
     except errors.HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}/{file}: {str(error).splitlines()[0]}") from None
+    except OSError:
+        raise
+    except Exception as error:  # of the HTTP library, whichever the hub's client uses
+        raise UserError(f"downloading {name}/{file} failed ({error or type(error).__name__}): run it again") from None
