@@ -99,3 +99,13 @@ def test_the_options_in_the_readme_exist(gpt2):
         for line in re.findall(rf"^gpt2 {command}\b.*$", readme, re.MULTILINE):
             for option in re.findall(r"--[a-z-]+", line):
                 assert option in known, f"{line}: {option}"
+
+
+def test_the_readmes_python_runs(text_file):
+    readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    small = code.replace("GPTConfig()", "GPTConfig(n_layer=1, n_head=1, n_embd=16)").replace("range(50)", "range(2)")
+    assert small.count("n_layer=1") == 1 and "range(2)" in small
+    names: dict[str, object] = {}
+    exec(small, names)
+    assert names["loss"].item() < 11 and Path("my-model/model.safetensors").exists()
