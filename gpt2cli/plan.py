@@ -20,6 +20,7 @@ from gpt2cli import __version__, atomic, checkpoint, corpus, device
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
+from gpt2cli.loss import CHUNK as loss_rows
 from gpt2cli.shards import Tokens, count_tokens, find_shards, fingerprint
 from gpt2cli.tokenizer import Encoding
 
@@ -64,18 +65,15 @@ class Plan:
         return self.train.steps or 0
 
     @property
-    def first_step(self) -> int:
-        """Updates already done."""
+    def first_step(self) -> int:  # updates already done
         return checkpoint.step_of(self.resume_from) if self.resume_from else 0
 
     @property
-    def accumulation(self) -> int:
-        """Micro-steps of an update."""
+    def accumulation(self) -> int:  # micro-steps of an update
         return self.train.tokens_per_step // (self.batch_size * self.seq_len)
 
     @property
-    def flops(self) -> int:
-        """Model FLOPs of an update."""
+    def flops(self) -> int:  # of the model, for an update
         return self.train.tokens_per_step * self.model.flops_per_token(self.seq_len)
 
     @property
@@ -84,8 +82,10 @@ class Plan:
         C, V = self.model.n_embd, self.model.vocab_size
         width = 4 if self.train.dtype == "fp32" else 2
         layer = (12 * C + 2 * self.model.inner_size) * width
-        logits = V * (12 if self.train.dtype == "fp32" else 18)
-        return 16 * self.model.num_parameters() + self.batch_size * self.seq_len * (self.model.n_layer * layer + logits)
+        rows = self.batch_size * self.seq_len
+        loss = min(rows, loss_rows) * V * 8 + 2 * V * C * 4  # a chunk's logits and probabilities, parts of a gradient
+        program = 350_000_000 if self.train.device == "cpu" else 0  # the interpreter with torch
+        return program + 16 * self.model.num_parameters() + rows * self.model.n_layer * layer + loss
 
     @property
     def disk(self) -> int:

@@ -204,6 +204,25 @@ def test_a_reader_that_leaves_is_no_error(run_folder):
 # ==== mistakes ====
 
 
+def test_a_full_disk_while_saving_is_one_line_and_the_checkpoint_before_stands(gpt2, text_file, monkeypatch):
+    from gpt2cli import atomic
+
+    seal = atomic.seal
+
+    def full_at_step_4(folder, facts):
+        if facts["step"] == 4:
+            raise OSError(28, "No space left on device")
+        seal(folder, facts)
+
+    monkeypatch.setattr(atomic, "seal", full_at_step_4)
+    done = gpt2("train", text_file, *QUICK, "--steps", 6, "--save-every", 2, "--eval-every", 0, "--out", "run")
+    assert done.code == 1 and done.out == "" and "the disk is full" in done.err
+    assert sorted(p.name for p in Path("run").iterdir()) == ["metrics.jsonl", "run.json", "step-000002"]
+    monkeypatch.setattr(atomic, "seal", seal)
+    assert gpt2("train", "--resume", "--out", "run").code == 0
+    assert [line["step"] for line in metrics_of("run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
 def bad_files() -> None:
     Path("empty.txt").touch()
     Path("binary.txt").write_bytes(b"\x7fELF\0\0\0")

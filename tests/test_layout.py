@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": ["shards", "tokenizer"],
     "optim": ["config", "device", "model"],
     "checkpoint": ["atomic", "formats", "model", "tokenizer"],
-    "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "shards", "tokenizer"],
+    "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "shards", "tokenizer"],
     "train": ["atomic", "checkpoint", "data", "device", "formats", "model", "optim", "plan", "shards"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],

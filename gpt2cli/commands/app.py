@@ -61,6 +61,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.EPIPE:  # the reader of our output has gone, as in `gpt2 sample | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            return complain(f"the disk is full ({error}): free some space and run it again; what was there before is whole")
         return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     return 0
 
