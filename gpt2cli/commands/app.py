@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -50,6 +49,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="gpt2")
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the reader of our output has gone, as in `gpt2 sample | head`
+            return 0
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         return complain(str(error))
@@ -58,9 +59,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return complain("out of memory: try a smaller --batch-size, --seq-len or model")
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of our output has gone, as in `gpt2 sample | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             return complain(f"the disk is full ({error}): free some space and run it again; what was there before is whole")
         return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -98,35 +98,38 @@ def command(
 
     Prints the run folder's path. Its checkpoints are HuggingFace model folders; Ctrl-C saves one before it stops.
     """
+    carry_out(decide(context), dry_run, sample_prompt)
+
+
+def decide(context: typer.Context) -> Plan:
+    """The plan that the command line and its settings file ask for."""
     from gpt2cli.commands import console
     from gpt2cli.plan import make_plan, resume_plan
 
-    if init_from and source_of(context, "preset") == "COMMANDLINE":
-        raise UserError("--preset and --init-from both say what the model is: give one of them")
     values = {name: value for name, value in context.params.items() if name not in overridden(context)}
     given = {name: value for name, value in values.items() if source_of(context, name) != "DEFAULT"}
-    if resume and out and not (out / "run.json").exists():
-        console.note(f"{out} holds no run yet: starting from zero")
-        resume = False
+    data, out, cache = values["data"], values["out"], values["cache_dir"]
+    if values["init_from"] and source_of(context, "preset") == "COMMANDLINE":
+        raise UserError("--preset and --init-from both say what the model is: give one of them")
     with console.Bars() as bars:
-        if resume:
+        if values["resume"] and not (out and not (out / "run.json").exists()):
             changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
-            plan = resume_plan(out, changes, data=data, cache=cache_dir, on_skip=console.note, on_tokenize=bars.tokenized)
-        else:
-            if data is None:
-                console.note("no INPUT: training on the embedded works of Shakespeare")
-            plan = make_plan(
-                data,
-                {name: given[name] for name in SHAPE_FIELDS if name in given},
-                TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
-                preset=preset,
-                init_from=init_from,
-                out=out,
-                cache=cache_dir,
-                on_tokenize=bars.tokenized,
-                on_download=bars.downloaded,
-            )
-    carry_out(plan, dry_run, sample_prompt)
+            return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized)
+        if values["resume"]:
+            console.note(f"{out} holds no run yet: starting from zero")
+        if data is None:
+            console.note("no INPUT: training on the embedded works of Shakespeare")
+        return make_plan(
+            data,
+            {name: given[name] for name in SHAPE_FIELDS if name in given},
+            TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
+            preset=values["preset"],
+            init_from=values["init_from"],
+            out=out,
+            cache=cache,
+            on_tokenize=bars.tokenized,
+            on_download=bars.downloaded,
+        )
 
 
 def source_of(context: typer.Context, name: str) -> str:
