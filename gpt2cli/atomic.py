@@ -1,12 +1,16 @@
-"""Folders that appear whole or not at all, and the sha256 list that notices when one was changed afterwards."""
+"""Files and folders that appear whole or not at all, that notice when they were changed afterwards, and that one process
+holds at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +82,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _dump(value))
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,9 +107,45 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ==== paths in files ====
+
+
+def to_home(path: str | Path) -> str:
+    """A path to be written down: the user's name is nobody else's business."""
+    try:
+        return f"~/{Path(path).relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
+def from_home(path: str) -> Path:
+    return Path.home() / path[2:] if path.startswith("~/") else Path(path)
+
+
+# ==== noticing changes ====
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whose first line is the sha256 of the rest."""
+    write_json(path, {"sha256": hashlib.sha256(_dump(value).encode()).hexdigest()} | value)
+
+
+def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises UserError where a byte of it has changed. Somebody who edits the file on purpose
+    deletes its first line: without a seal it is taken as it is, unless one is `required`."""
+    sealed = read_json(path)
+    value = {key: entry for key, entry in sealed.items() if key != "sha256"}
+    if sealed == value and not required:
+        return value
+    expected = {"sha256": hashlib.sha256(_dump(value).encode()).hexdigest()} | value
+    if path.read_text(encoding="utf-8") != _dump(expected):
+        raise UserError(f'{path} changed since gpt2 wrote it; if that was you, delete its line "sha256"')
+    return value
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write `checkpoint.json`: `facts` and the sha256 of every file in `folder`."""
-    write_json(folder / SEAL, facts | {"files": {path.name: sha256(path) for path in sorted(folder.iterdir())}})
+    write_sealed(folder / SEAL, facts | {"files": {path.name: sha256(path) for path in sorted(folder.iterdir())}})
 
 
 def check_seal(folder: Path, names: set[str] | None = None) -> dict[str, Any] | None:
@@ -111,18 +155,53 @@ def check_seal(folder: Path, names: set[str] | None = None) -> dict[str, Any] | 
     """
     if not (folder / SEAL).is_file():
         return None
-    facts = read_json(folder / SEAL)
-    files = facts.get("files")
-    if not isinstance(files, dict):
-        raise UserError(f"{folder / SEAL} lists no files: delete it if you changed the folder yourself")
+    mend = f"if that was you, delete {folder / SEAL}, otherwise use another checkpoint"
+    try:
+        facts = read_sealed(folder / SEAL, required=True)
+        files = dict(facts["files"])
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / SEAL} changed since gpt2 wrote it; {mend}") from None
     for name, expected in files.items():
         if names is not None and name not in names:
             continue
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: the checkpoint is not whole")
         if sha256(folder / name) != expected:
-            raise UserError(
-                f"{folder / name} changed since gpt2 wrote it; if that was you, delete {folder / SEAL}, "
-                "otherwise use another checkpoint"
-            )
+            raise UserError(f"{folder / name} changed since gpt2 wrote it; {mend}")
     return facts
+
+
+# ==== one process at a time ====
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process. The system lets go of it when the process ends, however it ends.
+
+    Raises UserError where another process holds it. A file system that knows no locks is trusted.
+    """
+    with (folder / ".lock").open("a+b", buffering=0) as file:
+        try:
+            _hold(file)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                with contextlib.suppress(OSError, ValueError):
+                    file.seek(0)
+                    raise UserError(f"{folder} is in use by another gpt2 process (number {int(file.read())})") from None
+                raise UserError(f"{folder} is in use by another gpt2 process") from None
+        with contextlib.suppress(OSError):  # a full disk has no room for the number
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        yield
+
+
+def _hold(file: io.FileIO) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(1 << 30)  # beyond the number, which others read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
-from gpt2cli.train import train_step
+from gpt2cli.step import train_step
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

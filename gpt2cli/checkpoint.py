@@ -3,20 +3,22 @@
 runs/NAME/run.json           what was asked, what was decided, versions, data and its sha256
           metrics.jsonl      one object a line
           step-000500/       a HuggingFace model folder, and beside it for resuming
-              training.safetensors    optimizer state and random generators
+              training.safetensors    optimizer state, random generators, the guard's memory
               training.json           step, data position, seconds, best loss
-              checkpoint.json         sha256 of every file
+              evaluation.json         validation loss of this step; written after the rest, with its own sha256
+              checkpoint.json         sha256 of every other file
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2cli import __version__, atomic
+from gpt2cli import __version__, atomic, metrics
+from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
+from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
 Optimizers = Sequence[torch.optim.Optimizer]
+RETRY_SECONDS = 30.0  # after a save that failed
 KEEP = 2  # newest checkpoints; the best is kept beside them
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -39,42 +44,170 @@ _STEP = re.compile(r"step-(\d{6,})")
 # ==== writing ====
 
 
-def save(run: Path, step: int, model: GPT, optimizers: Optimizers, encoding: Encoding | None, facts: dict[str, Any]) -> Path:
-    """Write `run/step-NNNNNN`. `facts` are the JSON values that training goes on from. Raises OSError on a full disk,
-    and then leaves no trace of the attempt."""
-    target = run / f"step-{step:06d}"
-    with atomic.new_folder(target, replace=True) as folder:
-        huggingface.write(folder, model.config, model.state_dict(), encoding)
-        try:
-            save_file(_training_tensors(model, optimizers), folder / "training.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder / 'training.safetensors'}: {error}") from None
-        atomic.write_json(folder / "training.json", facts | {"step": step})
-        atomic.seal(folder, {"gpt2cli": __version__, "step": step})
-    return target
+@dataclass
+class Progress:
+    """The part of a run's state that is neither tensor nor constant; kept in `training.json`."""
+
+    step: int = 0  # updates done, refused ones included
+    position: int = 0  # of the loader, in rows
+    elapsed: float = 0.0  # seconds
+    best_loss: float | None = None  # lowest validation loss
+    rollbacks: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)  # of fp16's gradients
+    log: dict[str, Any] = field(default_factory=dict)  # state of `metrics.jsonl`
 
 
-def _training_tensors(model: GPT, optimizers: Optimizers) -> dict[str, Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything a run goes on from, in the host's memory, so that training need not wait for the disk."""
+
+    progress: Progress
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    encoding: Encoding | None
+
+
+def snapshot(progress: Progress, model: GPT, optimizers: Optimizers, guard: Guard, encoding: Encoding | None) -> Snapshot:
+    training = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        training["rng.cuda"] = torch.cuda.get_rng_state()
+    training |= {f"guard.{key}": _copy(value) for key, value in guard.state_dict().items()}
     owner = _owners(optimizers)
     for name, parameter in model.named_parameters():
         for key, value in owner[parameter].state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
-    return tensors
+            training[f"optimizer.{key}.{name}"] = _copy(value)
+    weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
+    return Snapshot(replace(progress), model.config, weights, training, encoding)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _owners(optimizers: Optimizers) -> dict[Tensor, torch.optim.Optimizer]:
     return {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def restore(folder: Path, model: GPT, optimizers: Optimizers) -> dict[str, Any]:
-    """Put the training state of a checked checkpoint back into `model` and `optimizers` and torch's random generators;
-    returns the facts it was saved with."""
-    _, state = huggingface.read(folder)
-    facts = atomic.read_json(folder / "training.json")
+def write(run: Path, state: Snapshot) -> Path:
+    """Write `run/step-NNNNNN`. Raises OSError on a full disk, and then leaves no trace of the attempt."""
+    target = folder_of(run, state.progress.step)
+    with atomic.new_folder(target, replace=True) as folder:
+        huggingface.write(folder, state.config, state.weights, state.encoding)
+        try:
+            save_file(state.training, folder / "training.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / 'training.safetensors'}: {error}") from None
+        atomic.write_json(folder / "training.json", asdict(state.progress))
+        atomic.seal(folder, {"gpt2cli": __version__, "step": state.progress.step})
+    return target
+
+
+def write_evaluation(folder: Path, val_loss: float, val_bits_per_byte: float | None) -> None:
+    """Keep the validation loss beside the weights it belongs to."""
+    values = {"step": step_of(folder), "val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
+    atomic.write_sealed(folder / "evaluation.json", values)
+
+
+class Writer:
+    """Writes the checkpoints of a run in a thread, one after the other. A disk that is full stops nothing: `failure` tells
+    of it, and a time is set for the next attempt."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._jobs: list[Future[None]] = []
+        self._failures: list[OSError] = []
+        self._evaluations: dict[int, tuple[float, float | None]] = {}  # of steps, not written yet
+        self._retry_at = math.inf
+
+    def save(self, state: Snapshot) -> Path:
+        """Returns at once, with the folder it will be, unless the one before is still being written."""
+        self.wait()
+        self._retry_at = math.inf
+        self._jobs.append(self._pool.submit(self._save, state))
+        return folder_of(self.run, state.progress.step)
+
+    def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
+        """Goes with the checkpoint of this step, if there is one or will be."""
+        self._evaluations = {step: (val_loss, val_bits_per_byte)}
+        self._jobs.append(self._pool.submit(self._evaluated, step))
+
+    def wait(self) -> None:
+        """Until everything is on the disk, or has failed. Raises what is a bug rather than a bad disk."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+    def fail(self, error: OSError) -> None:
+        self._failures.append(error)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self._failures)
+
+    def failure(self) -> OSError | None:
+        """The last one since this was asked before."""
+        failures, self._failures = self._failures, []
+        return failures[-1] if failures else None
+
+    def retry_is_due(self) -> bool:
+        return time.monotonic() >= self._retry_at
+
+    def wait_for_retry(self) -> None:
+        while not self.retry_is_due():
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _save(self, state: Snapshot) -> None:
+        step = state.progress.step
+        try:
+            atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
+            write(self.run, state)
+        except OSError as error:
+            self.fail(error)
+            return
+        self._evaluated(step)
+        prune(self.run, step)
+
+    def _evaluated(self, step: int) -> None:
+        folder, values = folder_of(self.run, step), self._evaluations.get(step)
+        try:
+            if values and folder.is_dir():
+                write_evaluation(folder, *values)
+        except OSError as error:
+            self.fail(error)
+
+
+def prune(run: Path, step: int) -> None:
+    """Delete all but the newest two checkpoints and the best, of those up to `step`: later ones are torn, or from before a
+    rollback, and are written again when the run gets there."""
+    done = [folder for folder in checkpoints(run) if step_of(folder) <= step]
     try:
+        keep = {*done[:KEEP], best(run)}
+    except UserError:  # an evaluation that was tampered with: better too many than one too few
+        return
+    for folder in done:
+        if folder not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ==== reading ====
+
+
+def restore(folder: Path, model: GPT, optimizers: Optimizers, guard: Guard) -> Progress:
+    """Put the training state of a checked checkpoint back into `model`, `optimizers`, `guard` and torch's random
+    generators; returns how far it was."""
+    _, state = huggingface.read(folder)
+    values = atomic.read_json(folder / "training.json")
+    try:
+        progress = Progress(**values)
+        whole_numbers = progress.step, progress.position, progress.rollbacks
+        if not all(isinstance(n, int) for n in whole_numbers) or not isinstance(progress.log, dict):
+            raise TypeError("training.json is not one of ours")
         tensors = load_file(folder / "training.safetensors")
         model.load_state_dict(state)
         owner = _owners(optimizers)
@@ -83,24 +216,16 @@ def restore(folder: Path, model: GPT, optimizers: Optimizers) -> dict[str, Any]:
             for key in [key for key in tensors if key.startswith("optimizer.") and key.endswith(suffix)]:
                 short = key.removeprefix("optimizer.").removesuffix(suffix)
                 value = tensors[key]
+                if value.shape not in (parameter.shape, torch.Size([])):
+                    raise RuntimeError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
                 owner[parameter].state[parameter][short] = value.to(parameter.device)
+        guard.load_state_dict({key.removeprefix("guard."): value for key, value in tensors.items() if key.startswith("guard.")})
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-    except (SafetensorError, KeyError, RuntimeError, OSError) as error:
-        raise UserError(f"{folder} cannot be resumed from: {str(error).splitlines()[0]}") from None
-    return facts
-
-
-def prune(run: Path) -> None:
-    """Delete all but the newest two checkpoints and the best."""
-    import shutil
-
-    steps = checkpoints(run)
-    keep = {*steps[:KEEP], best(run)}
-    for folder in steps:
-        if folder not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    except (SafetensorError, KeyError, RuntimeError, TypeError, OSError) as error:
+        raise UserError(f"{folder} cannot be resumed from: {(str(error) or repr(error)).splitlines()[0]}") from None
+    return progress
 
 
 # ==== finding ====
@@ -113,6 +238,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in run.iterdir() if _STEP.fullmatch(p.name)), key=step_of, reverse=True)
 
 
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
 def step_of(folder: Path) -> int:
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else 0
@@ -120,45 +249,35 @@ def step_of(folder: Path) -> int:
 
 def latest(run: Path, on_skip: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; each one skipped is told to `on_skip`."""
-    for folder in checkpoints(run):
-        try:
-            atomic.check_seal(folder)
-            atomic.read_json(folder / "training.json")
-            return folder
-        except UserError as error:
-            on_skip(f"skipping a torn checkpoint: {error}")
-    return None
+    return next((folder for folder in checkpoints(run) if is_whole(folder, on_skip)), None)
+
+
+def is_whole(folder: Path, on_skip: Callable[[str], None] = lambda message: None) -> bool:
+    try:
+        atomic.check_seal(folder)
+        atomic.read_json(folder / "training.json")
+        evaluation(folder)
+    except UserError as error:
+        on_skip(f"skipping a torn checkpoint: {error}")
+        return False
+    return True
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss in `metrics.jsonl`; the newest where none was evaluated."""
-    losses = val_losses(run)
+    """The checkpoint with the lowest validation loss; the newest where none was evaluated. Raises UserError for an
+    `evaluation.json` that was changed."""
     folders = checkpoints(run)
-    evaluated = [folder for folder in folders if step_of(folder) in losses]
+    losses = {folder: evaluation(folder).get("val_loss") for folder in folders}
+    evaluated = {folder: loss for folder, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)}
     if not evaluated:
         return folders[0] if folders else None
-    return min(evaluated, key=lambda folder: losses[step_of(folder)])
+    return min(evaluated, key=lambda folder: evaluated[folder])
 
 
-def val_losses(run: Path) -> dict[int, float]:
-    """Step -> validation loss, of the evaluations in `metrics.jsonl`."""
-    found = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
-    return {step: loss for step, loss in found.items() if isinstance(loss, float) and math.isfinite(loss)}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`; one that a crash cut short is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    values = []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            values.append(value)
-    return values
+def evaluation(folder: Path) -> dict[str, Any]:
+    """What `write_evaluation` wrote; empty where this step was not evaluated."""
+    path = folder / "evaluation.json"
+    return atomic.read_sealed(path) if path.is_file() else {}
 
 
 def runs(parent: Path) -> list[Path]:

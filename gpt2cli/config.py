@@ -137,6 +137,10 @@ class TrainConfig:
     plain: bool = False  # <|endoftext|> in a text is ordinary text
     errors: str = "strict"  # of bytes that are not UTF-8: strict, or replace with U+FFFD
     seed: int = 1337
+    # safety
+    spike: float = 8.0  # standard deviations above the last updates' mean that make a loss or gradient norm bad; 0: none do
+    max_rollbacks: int = 3  # to an earlier checkpoint when updates stay bad, before the run stops
+    deterministic: bool = False  # on CUDA too; a CPU always is
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -146,14 +150,14 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least {least}, but is {value}")
         if self.seed >= 1 << 62:
             raise UserError(f"seed must be below 2^62, but is {self.seed}")
-        for name in ("warmup_steps", "log_every", "eval_every", "save_every", "sample_every", "eval_tokens"):
+        for name in ("warmup_steps", "log_every", "eval_every", "save_every", "sample_every", "eval_tokens", "max_rollbacks"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
         for name in ("lr", "epochs", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be above 0, but is {value}")
-        for name in ("min_lr", "weight_decay"):
+        for name in ("min_lr", "weight_decay", "spike"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be 0 or more, but is {value}")

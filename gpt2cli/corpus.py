@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import zlib
 from collections import deque
@@ -26,7 +27,7 @@ import numpy as np
 
 from gpt2cli import __version__, atomic
 from gpt2cli.errors import UserError
-from gpt2cli.shards import SHARD_TOKENS, ShardWriter
+from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
 from gpt2cli.tokenizer import END_OF_TEXT, Encoding
 
 EMBEDDED = Path("shakespeare.txt.gz")  # in the package's assets; shown to people by this name
@@ -78,7 +79,7 @@ class Manifest:
     train_bytes: int
     val_bytes: int
     documents: int
-    shards: list[str]
+    shards: dict[str, str]  # name -> sha256
 
 
 def tokenize(
@@ -135,9 +136,9 @@ def tokenize(
             train_bytes=counts["train"],
             val_bytes=counts["val"],
             documents=counts["documents"],
-            shards=[path.name for writer in writers.values() for path in writer.shards],
+            shards={path.name: atomic.sha256(path) for writer in writers.values() for path in writer.shards},
         )
-        atomic.write_json(folder / "manifest.json", asdict(manifest))
+        atomic.write_sealed(folder / "manifest.json", asdict(manifest))
     return manifest
 
 
@@ -146,8 +147,16 @@ def cached(inputs: Sequence[Path], cache: Path, *, encoding: Encoding, policy: P
     texts = [scan(path).sha256 for path in find_texts(inputs)]
     key = json.dumps([texts, asdict(policy), encoding.sha256, __version__])
     folder = cache / "tokens" / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        check(folder)
+    except UserError:  # it is only a cache: made anew
+        shutil.rmtree(folder)
     if not (folder / "manifest.json").is_file():
-        tokenize(inputs, folder, encoding=encoding, policy=policy, progress=progress)
+        try:
+            tokenize(inputs, folder, encoding=encoding, policy=policy, progress=progress)
+        except OSError:
+            if not (folder / "manifest.json").is_file():  # else another process was quicker
+                raise
     return folder
 
 
@@ -159,13 +168,13 @@ def _finished(out: Path, sources: list[Source], policy: Policy, encoding: Encodi
     if not (out / "manifest.json").is_file():
         return None
     try:
-        data = atomic.read_json(out / "manifest.json")
+        check(out)
+        data = atomic.read_sealed(out / "manifest.json")
         done = Manifest(**data | {"sources": [Source(**s) for s in data["sources"]], "policy": Policy(**data["policy"])})
     except (UserError, TypeError, KeyError):
         return None
     same_text = [s.sha256 for s in done.sources] == [s.sha256 for s in sources]
-    whole = all((out / name).is_file() for name in done.shards)
-    return done if whole and same_text and (done.policy, done.tokenizer_sha256) == (policy, encoding.sha256) else None
+    return done if same_text and (done.policy, done.tokenizer_sha256) == (policy, encoding.sha256) else None
 
 
 # ==== finding and reading text ====

@@ -84,10 +84,15 @@ def check_attention(device: torch.device, dtype: str, attention: str, head_size:
         raise UserError(f"--attention {attention} does not run on {on}; see 'gpt2 bench attention', or leave it out") from None
 
 
-def set_up(seed: int) -> None:
-    """Seed every generator of torch, let fp32 matrix products use TF32 where the hardware has it, and keep freed memory."""
+def set_up(seed: int, deterministic: bool = False) -> None:
+    """Seed every generator of torch, let fp32 matrix products use TF32 where the hardware has it, and keep freed memory.
+    With `deterministic` CUDA's kernels give the same bits each time, too, and are slower for it."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product runs
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
+    torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
 
 
@@ -135,6 +140,11 @@ def memory_peak(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class of its own for it, the CPU's allocator does not."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.3) -> float:

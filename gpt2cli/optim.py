@@ -47,17 +47,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever given
+        """One update; where `self.found_inf` is a tensor that is not 0, none, as torch's fused optimizers have it."""
+        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                momentum = state["momentum"].lerp(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 update = orthogonalize(update.unflatten(0, (group["parts"], -1)))  # (parts, out, in)
                 scale = 0.2 * math.sqrt(max(update.shape[1:]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.flatten(0, 1), alpha=-group["lr"] * scale)
+                new = p.mul(1 - group["lr"] * group["weight_decay"])
+                new.add_(update.flatten(0, 1), alpha=-group["lr"] * scale)
+                for old, value in ((state["momentum"], momentum), (p, new)):
+                    old.copy_(value if skip is None else torch.where(skip > 0, old, value))
 
 
 def orthogonalize(G: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
-"""Before a run: everything that was left open is decided here, checked against the machine and the data, and written down.
-
-`make_plan` for a new run, `resume_plan` to go on with one.
-"""
+"""Before a run: everything that was left open is decided here, checked against the machine and the data, and written down."""
 
 from __future__ import annotations
 
 import math
 import platform
 import shutil
+import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.loss import CHUNK as loss_rows
-from gpt2cli.shards import Tokens, count_tokens, find_shards, fingerprint
+from gpt2cli.shards import Tokens, check, count_tokens, find_shards, fingerprint
 from gpt2cli.tokenizer import Encoding
 
 DEFAULT_SEQ_LEN = 256
 DEFAULT_STEPS = 150
-# Options that do not change what is learned: they may differ when a run is continued.
-FREE_ON_RESUME = ("steps", "device", "log_every", "eval_every", "save_every", "sample_every")
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,8 @@ class Plan:
     val_tokens: int
     asked: Mapping[str, Any]  # the options that were given, before anything was decided
     resume_from: Path | None = None
+    sessions: tuple[Any, ...] | None = None  # of a run that goes on: what `run.json` says of those before
+    changed: Mapping[str, Any] = field(default_factory=dict)  # option -> [before, now]
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,27 +83,64 @@ class Plan:
         layer = (12 * C + 2 * self.model.inner_size) * width
         rows = self.batch_size * self.seq_len
         loss = min(rows, loss_rows) * V * 8 + 2 * V * C * 4  # a chunk's logits and probabilities, parts of a gradient
-        program = 350_000_000 if self.train.device == "cpu" else 0  # the interpreter with torch
-        return program + 16 * self.model.num_parameters() + rows * self.model.n_layer * layer + loss
+        # Besides the interpreter with torch, a copy of weights and moments is in memory while it is written.
+        host = 350_000_000 + 12 * self.model.num_parameters() if self.train.device == "cpu" else 0
+        return host + 16 * self.model.num_parameters() + rows * self.model.n_layer * layer + loss
 
     @property
     def disk(self) -> int:
         """Bytes of the checkpoints that exist at the same time: two newest, the best, and the one being written."""
         return (checkpoint.KEEP + 2) * 12 * self.model.num_parameters()
 
+    def out_of_memory(self, step: int) -> str:
+        """What to say when a step did not fit, with settings that will."""
+        rows = self.train.tokens_per_step // self.seq_len
+        B = next((b for b in range(self.batch_size // 2, 0, -1) if rows % b == 0), None)
+        what = f"out of memory at step {step} with {self.batch_size} rows of {self.seq_len} tokens at a time"
+        if B is None:
+            return f"{what}: use a smaller --seq-len, --n-layer or --n-embd, in a new run"
+        less = replace(self, train=replace(self.train, batch_size=B)).memory
+        return (
+            f"{what}, about {self.memory / 1e9:.1f} GB. --batch-size {B} needs about {less / 1e9:.1f} GB and learns the same: "
+            f"gpt2 train --resume --out {self.out} --batch-size {B}"
+        )
+
     def to_json(self) -> dict[str, Any]:
+        """`run.json`: what is needed to repeat the run, and to go on with it."""
+        session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "from_step": self.first_step, "changed": dict(self.changed)}
         return {
-            "gpt2cli": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": device.describe(self.device),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "data": {"given": self.data, "sha256": self.data_sha256, "tokens": str(self.tokens)},
-            "init_from": self.init_from,
+            "made_with": provenance(self.device),
+            "data": {"given": atomic.to_home(self.data), "sha256": self.data_sha256, "tokens": atomic.to_home(self.tokens)},
+            "init_from": self.init_from and atomic.to_home(self.init_from),
             "asked": dict(self.asked),
             "model": asdict(self.model),
             "train": asdict(self.train),
+            "sessions": [*(self.sessions or ()), session],
         }
+
+
+def provenance(where: torch.device) -> dict[str, Any]:
+    """The programs and the machine that decide a run's bits."""
+    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
+    return {
+        "gpt2cli": __version__,
+        "commit": _commit(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        **packages,
+        "platform": platform.platform(),
+        "device": device.describe(where),
+    }
+
+
+def _commit(checkout: Path) -> str | None:
+    """The git commit this program runs from, with -dirty where files differ; None for an installed package."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def make_plan(
@@ -127,13 +163,14 @@ def make_plan(
     out = out or checkpoint.free_name(Path(data or corpus.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
-    if any(out.iterdir()) if out.is_dir() else out.exists():
+    # What begins with a dot is a lock or a torn file of a run that was killed before it began.
+    if any(not path.name.startswith(".") for path in out.iterdir()) if out.is_dir() else out.exists():
         raise UserError(f"{out} already holds files: give another --out")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
     start = checkpoint.find_model(init_from, on_download) if init_from else None
     where = device.pick_device(train.device)
-    asked = dict(shape or {}) | {"preset": preset, "init_from": init_from}
+    asked = dict(shape or {}) | {"preset": preset, "init_from": init_from and atomic.to_home(init_from)}
     asked |= {name: value for name, value in vars(train).items() if value != getattr(TrainConfig(), name)}
     notes: list[str] = []
 
@@ -145,7 +182,7 @@ def make_plan(
             notes.append(f"{start} brings no tokenizer: GPT-2's is used")
     model, train = _decide_shape(dict(shape or {}), train, preset, start, encoding, notes)
 
-    tokens, data_sha256 = _find_tokens(data, train, encoding, cache, on_tokenize)
+    tokens, data_sha256 = find_tokens(data, train, encoding, cache, on_tokenize)
     train_tokens, val_tokens = count_tokens(tokens)
     if not val_tokens:
         notes.append("no validation split: the newest checkpoint counts as the best")
@@ -167,64 +204,6 @@ def make_plan(
         asked=asked,
     )
     return replace(plan, notes=tuple(notes + _check_room(plan)))
-
-
-def resume_plan(
-    out: Path | None,
-    changes: Mapping[str, Any],
-    *,
-    data: str | Path | None = None,
-    cache: Path | None = None,
-    on_skip: Callable[[str], None] = lambda message: None,
-    on_tokenize: corpus.Progress = lambda done, total: None,
-) -> Plan:
-    """Go on with the run in `out`, or the newest below `runs/`, from its newest whole checkpoint.
-
-    `changes` are the options given anew. Raises UserError for one that would make it a different run, for data that is
-    no longer the same, and where there is no run.
-    """
-    if out is None:
-        found = checkpoint.runs(Path("runs"))
-        if not found:
-            raise UserError("there is no run under runs/ to continue; start one with 'gpt2 train'")
-        out = found[0]
-    if not (out / "run.json").is_file():
-        raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
-    run = atomic.read_json(out / "run.json")
-    try:
-        given, wanted, tokens = run["data"]["given"], run["data"]["sha256"], Path(run["data"]["tokens"])
-        model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
-        before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
-        init_from, asked = run["init_from"], dict(run["asked"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
-    for name, value in changes.items():
-        had = (asdict(model) | asdict(before)).get(name)
-        if name not in FREE_ON_RESUME and value not in (had, asked.get(name, getattr(TrainConfig(), name, had))):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value} would make {out} a different run (it has {asked.get(name, had)}); "
-                "leave it out, or start a new run with another --out"
-            )
-    train = replace(before, **{name: value for name, value in changes.items() if name in FREE_ON_RESUME})
-    train = replace(train, device=device.pick_device(train.device).type)
-    start = checkpoint.latest(out, on_skip)
-    if start and (train.steps or 0) < checkpoint.step_of(start):
-        raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
-    encoding = Encoding.gpt2()
-    if start or init_from:
-        encoding, _ = checkpoint.find_encoding(start or Path(init_from), model.vocab_size)
-    if not tokens.is_dir() or data is not None:
-        source = data if data is not None else None if given == str(corpus.EMBEDDED) else given
-        tokens, _ = _find_tokens(source, train, encoding, cache, on_tokenize)
-    if fingerprint(tokens) != wanted:
-        raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
-    train_tokens, val_tokens = count_tokens(tokens)
-    notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
-    if train.steps != before.steps:
-        notes.append(f"length changed from {before.steps:,} to {train.steps:,} steps")
-    return Plan(
-        out, given, tokens, wanted, model, train, encoding, init_from, train_tokens, val_tokens, asked, start, tuple(notes)
-    )
 
 
 # ==== the parts of a decision ====
@@ -253,7 +232,7 @@ def _decide_shape(
     return model, replace(train, seq_len=seq_len)
 
 
-def _find_tokens(
+def find_tokens(
     data: str | Path | None,
     train: TrainConfig,
     encoding: Encoding,
@@ -263,6 +242,7 @@ def _find_tokens(
     """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
     path = Path(data) if data is not None else corpus.EMBEDDED
     if path.is_dir() and (find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file()):
+        check(path)
         folder = path.resolve()
     else:
         policy = corpus.Policy(train.val_fraction, train.plain, train.errors)
@@ -273,7 +253,7 @@ def _find_tokens(
 def _check_ids(folder: Path, vocab_size: int, encoding: Encoding) -> None:
     """Raises UserError for shards of another tokenizer, or, where they do not tell, with ids the model does not know."""
     if (folder / "manifest.json").is_file():
-        made_with = atomic.read_json(folder / "manifest.json").get("tokenizer_sha256")
+        made_with = atomic.read_sealed(folder / "manifest.json").get("tokenizer_sha256")
         if made_with == encoding.sha256:
             return
         if made_with:

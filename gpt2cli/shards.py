@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2cli import atomic
 from gpt2cli.errors import UserError
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
+CHECKED_BYTES = 4 << 30  # of shards are hashed before they are trained on: a few seconds
 SHARD_TOKENS = 100_000_000  # as in the public FineWeb shards
 
 
@@ -156,3 +158,20 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(0, size - 65536))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def check(folder: Path) -> None:
+    """Raises UserError where a folder that `tokenize` wrote is no longer as it was. Shards of more than CHECKED_BYTES
+    together are not read for it. Shards of other programs tell nothing, and pass."""
+    if not (folder / "manifest.json").is_file():
+        return
+    shards = atomic.read_sealed(folder / "manifest.json").get("shards")
+    if not isinstance(shards, dict):
+        return
+    for name in shards:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing, but the manifest lists it: tokenize the text again")
+    if sum((folder / name).stat().st_size for name in shards) <= CHECKED_BYTES:
+        for name, expected in shards.items():
+            if atomic.sha256(folder / name) != expected:
+                raise UserError(f"{folder / name} changed since it was tokenized: tokenize the text again")

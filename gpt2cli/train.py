@@ -1,63 +1,39 @@
 """The training loop: a generator of `StepMetrics`. It prints nothing, and writes only the run folder.
 
-The state of a run is the model, the optimizer, torch's random generators, the step and the position in the data; all of it
-is in every checkpoint, so that a run that goes on is the run that would have been.
+The state of a run is the model, the optimizer, torch's random generators, the guard's memory, the step and the position in
+the data; all of it is in every checkpoint, so that a run that goes on is the run that would have been.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpt2cli import atomic, checkpoint, device
+from gpt2cli import atomic, checkpoint, device, metrics
 from gpt2cli.data import DataLoaderLite, eval_batches
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
+from gpt2cli.guard import Guard
+from gpt2cli.metrics import LOGGED, MetricsLog, StepMetrics
 from gpt2cli.model import GPT
 from gpt2cli.optim import lr_at, make_optimizers
 from gpt2cli.plan import Plan
 from gpt2cli.shards import Tokens
+from gpt2cli.step import train_step, validate
 
-LOGGED = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed")  # of a step in metrics.jsonl
-Batch = tuple[Tensor, Tensor]  # x, y, each (B, T)
-Precision = Callable[[], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What happened at a step; the first eight fields of a logged step, and the evaluation's, go to `metrics.jsonl`."""
-
-    step: int  # updates done, from 1
-    loss: float  # nats a token, mean over the step's micro-batches
-    lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # trained on so far
-    tokens_per_second: float  # of the training steps since the last such line
-    elapsed: float  # seconds of the run, earlier sessions included
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
-    saved: Path | None = None
-    samples: Sequence[str] = ()
-
-
-@dataclass
-class Progress:
-    """The part of a run's state that is neither tensor nor constant; kept in `training.json`."""
-
-    step: int = 0  # updates done
-    position: int = 0  # of the loader, in rows
-    elapsed: float = 0.0  # seconds
-    scaler: dict[str, Any] = field(default_factory=dict)  # of fp16's gradients
+LOOK_EVERY = 16  # steps between looks at the guard's verdicts, where nothing else waits for the device
+BAD_IN_A_ROW = 3  # updates refused one after the other: then it is the model that is bad, not the batch
+FP16_IN_A_ROW = 20  # fp16's scale finds its size by gradients that overflow, halving each time
+LAST_TRIES = 20  # to save the end of a run on a full disk
 
 
 def train(
@@ -67,38 +43,36 @@ def train(
     sample: Callable[[GPT], Sequence[str]] | None = None,
 ) -> Iterator[StepMetrics]:
     """Carry out a plan; at the end, or once `should_stop()`, everything is saved. Yields each step that was logged,
-    evaluated, saved or sampled from (`sample` turns the model into texts).
+    evaluated, saved or sampled from (`sample` turns the model into texts), or at which something happened.
 
-    Raises UserError where the loss is not finite, OSError where the run folder cannot be written.
+    Checkpoints are written in the background; leaving the generator waits for them. Raises UserError where the updates stay
+    bad after all rollbacks, where memory ends, and where another process trains the same run; OSError where the disk stays
+    full at the end.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(plan.out / "run.json", plan.to_json())
-    run, cadence = Run(plan), plan.train
-    yield from run.catch_up()
-    saved_step, metrics = run.progress.step, None
-    while run.progress.step < plan.steps and not should_stop():
-        run.step()
-        step, metrics = run.progress.step, None
-        last = step == plan.steps
-        cadences = cadence.log_every, cadence.eval_every, cadence.save_every, cadence.sample_every
-        if not (last or any(is_due(step, every) for every in cadences)):
-            continue
-        metrics = run.measure(log=last or is_due(step, cadence.log_every))
-        saved = run.save() if last or is_due(step, cadence.save_every) else None
-        if run.val_tokens and (last or is_due(step, cadence.eval_every)):
-            val_loss, bits, improved = run.evaluate()
-            metrics = replace(metrics, val_loss=val_loss, val_bits_per_byte=bits)
-            saved = saved or (run.save() if improved else None)
-        if saved:
-            saved_step = step
-            checkpoint.prune(plan.out)
-        samples = sample(run.model) if sample and is_due(step, cadence.sample_every) else ()
-        yield replace(metrics, saved=saved, samples=samples)
-    if saved_step != run.progress.step:  # stopped between two checkpoints
-        metrics = metrics or run.measure(log=False)
-        saved = run.save()
-        checkpoint.prune(plan.out)
-        yield replace(metrics, saved=saved, val_loss=None, val_bits_per_byte=None)
+    with atomic.lock(plan.out), contextlib.closing(Run(plan)) as run:
+        yield from run.catch_up()
+        while run.progress.step < plan.steps and not should_stop():
+            run.step()
+            step, cadence = run.progress.step, plan.train
+            last = step == plan.steps
+            log, save, evaluate = (last or is_due(step, n) for n in (cadence.log_every, cadence.save_every, cadence.eval_every))
+            show = sample and is_due(step, cadence.sample_every)
+            if not (log or save or evaluate or show or run.has_news or is_due(step, LOOK_EVERY)):
+                continue
+            measured = run.measure(log)
+            if run.bad >= run.patience:
+                yield replace(measured, events=run.roll_back())
+                continue
+            saved = run.save() if (save or run.writer.retry_is_due()) and not run.bad else None
+            if evaluate and run.val_tokens:
+                val_loss, bits, improved = run.evaluate()
+                measured = replace(measured, val_loss=val_loss, val_bits_per_byte=bits)
+                saved = saved or (run.save() if improved and not run.bad else None)
+                run.writer.evaluated(step, val_loss, bits)
+            samples = sample(run.model) if sample and show else ()
+            yield replace(measured, saved=saved, samples=samples, events=run.news())
+        yield from run.finish()
 
 
 def is_due(step: int, every: int) -> bool:
@@ -106,47 +80,70 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Run:
-    """The live objects behind a plan."""
+    """The live objects behind a plan. Its folder is locked by whoever makes one."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._check_folder()
         atomic.sweep(plan.out)
-        device.set_up(plan.train.seed)
-        self.model = GPT(plan.model)
-        if plan.init_from and not plan.resume_from:
-            self.model.load_state_dict(huggingface.read(Path(plan.init_from))[1])
-        self.model.to(plan.device)
+        with torch.device("meta"):
+            self.model = GPT(plan.model)
+        self.model.to_empty(device=plan.device)
         self.optimizers = make_optimizers(self.model, plan.train.optimizer, plan.train.weight_decay)
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.train.dtype == "fp16")
-        self.progress = self._restore() if plan.resume_from else Progress()
-        self.loader = DataLoaderLite(
-            plan.batch_size,
-            plan.seq_len,
-            Tokens.open(plan.tokens, "train"),
-            seed=plan.train.seed,
-            position=self.progress.position,
-        )
+        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, Tokens.open(plan.tokens, "train"), seed=plan.train.seed)
         self.val_tokens = Tokens.open(plan.tokens, "val") if plan.val_tokens else None
         # A model may know more ids than its tokenizer; they stand for no text.
         self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)
         self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())
-        self._window_tokens, self._window_seconds = 0, 0.0  # of the steps since the last measure
-        self._trim_metrics()
+        self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
+        self._events: list[str] = []
+        self._suspects: set[Path] = set()  # checkpoints from which the run diverged again
+        self._go_to(plan.resume_from)
+        self.saved_step = self.progress.step
         if plan.train.compile == "on":
             self.model.compile()
+        atomic.write_sealed(plan.out / "run.json", plan.to_json())  # the first file: with it a folder is a run
+        self.log = MetricsLog(plan.out)
+        self.log.trim(self.progress.step, self.progress.log)
+        self.writer = checkpoint.Writer(plan.out)
 
-    def _restore(self) -> Progress:
-        assert self.plan.resume_from
-        facts = checkpoint.restore(self.plan.resume_from, self.model, self.optimizers)
-        try:
-            progress = Progress(**facts)
-        except TypeError as error:
-            raise UserError(f"{self.plan.resume_from / 'training.json'} is not one of ours: {error}") from None
-        self.scaler.load_state_dict(progress.scaler)
-        return progress
+    def _check_folder(self) -> None:
+        """Raises UserError where another process got to the folder between the plan and the lock."""
+        out = self.plan.out
+        for folder in checkpoint.checkpoints(out):
+            if self.plan.resume_from and checkpoint.step_of(folder) > self.plan.first_step and checkpoint.is_whole(folder):
+                raise UserError(f"{out} has got to {folder.name} in the meantime: run it again")
+        if self.plan.sessions is None and (out / "run.json").exists():
+            raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}'")
+
+    def _go_to(self, folder: Path | None) -> None:
+        """The state of a checkpoint, or of the very beginning."""
+        self.guard = Guard(self.plan.device, self.plan.train.spike)
+        self.bad = 0  # updates refused in a row, when it was last looked
+        self._skipped = 0
+        self._window_tokens, self._window_seconds = 0, 0.0  # of the steps since the last measure
+        self._measured: StepMetrics | None = None
+        device.set_up(self.plan.train.seed, self.plan.train.deterministic)
+        if folder:
+            self.progress = checkpoint.restore(folder, self.model, self.optimizers, self.guard)
+            self.scaler.load_state_dict(self.progress.scaler)
+            known = [self.progress.best_loss, checkpoint.evaluation(folder).get("val_loss")]
+            self.progress.best_loss = min((loss for loss in known if loss is not None), default=None)
+            self.loader.position = self.progress.position
+            self._skipped = int(self.guard.skipped)
+            return
+        self.progress = checkpoint.Progress()
+        self.loader.position = 0
+        start = self.plan.init_from
+        self.model.load_state_dict(huggingface.read(Path(start))[1] if start else GPT(self.plan.model).state_dict())
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def precision(self) -> AbstractContextManager[object]:
         return device.precision(self.plan.device, self.plan.train.dtype, self.plan.train.attention)
+
+    # ==== a step and what follows it ====
 
     def step(self) -> None:
         """One update."""
@@ -161,15 +158,21 @@ class Run:
             warmup_steps=config.warmup_steps or 0,
             schedule=config.schedule,
         )
-        self._loss, self._grad_norm = train_step(
-            self.model,
-            self.optimizers,
-            [(x.to(where), y.to(where)) for x, y in batches],
-            lr=self._lr,
-            grad_clip=config.grad_clip,
-            precision=self.precision,
-            scaler=self.scaler,
-        )
+        try:
+            self._loss, self._grad_norm = train_step(
+                self.model,
+                self.optimizers,
+                [(x.to(where), y.to(where)) for x, y in batches],
+                lr=self._lr,
+                grad_clip=config.grad_clip,
+                precision=self.precision,
+                scaler=self.scaler,
+                guard=self.guard,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if device.is_out_of_memory(error):
+                raise UserError(self.plan.out_of_memory(self.progress.step + 1)) from None
+            raise
         self.progress.step += 1
         self.progress.position = self.loader.position
         self._window_tokens += config.tokens_per_step
@@ -178,15 +181,10 @@ class Run:
     def measure(self, log: bool) -> StepMetrics:
         """The step just done, with `log` also written to `metrics.jsonl`. Waits for the device."""
         started = time.perf_counter()
-        loss, grad_norm = float(self._loss), float(self._grad_norm)
+        values = torch.stack([self._loss, self._grad_norm, self.guard.skipped, self.guard.in_a_row]).tolist()
         self._add_time(started)
-        # fp16's scaler skips a step whose gradients overflowed by itself.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {self.progress.step}: lower --lr (it was "
-                f"{self._lr:.1e}); this step was not saved"
-            )
-        metrics = StepMetrics(
+        loss, grad_norm, skipped, self.bad = values[0], values[1], int(values[2]), int(values[3])
+        measured = StepMetrics(
             step=self.progress.step,
             loss=loss,
             lr=self._lr,
@@ -197,100 +195,127 @@ class Run:
         )
         self._window_tokens, self._window_seconds = 0, 0.0
         if log:
-            self._log({key: value for key, value in asdict(metrics).items() if key in LOGGED})
-        return metrics
+            self.log.add(measured.line())
+        if skipped > self._skipped:
+            many, self._skipped = skipped - self._skipped, skipped
+            updates = "1 update" if many == 1 else f"{many} updates"
+            message = f"step {measured.step:,}: {updates} skipped, loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+            self._tell("skipped", message, skipped=skipped)
+        self._measured = measured
+        return measured
 
     def evaluate(self) -> tuple[float, float | None, bool]:
         """Validation loss, bits per byte, and whether that loss is the lowest of the run so far."""
         assert self.val_tokens
         started = time.perf_counter()
-        before = checkpoint.val_losses(self.plan.out).values()
         batches = eval_batches(self.val_tokens, self.plan.batch_size, self.plan.seq_len, self.plan.train.eval_tokens)
         val_loss, bits = validate(self.model, batches, self.precision, self.byte_lengths)
-        self._log({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
+        self.log.add({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
         self.progress.elapsed += time.perf_counter() - started
-        return val_loss, bits, val_loss <= min(before, default=val_loss)
-
-    def save(self) -> Path:
-        started = time.perf_counter()
-        self.progress.scaler = self.scaler.state_dict()
-        facts = {key: value for key, value in asdict(self.progress).items() if key != "step"}
-        folder = checkpoint.save(self.plan.out, self.progress.step, self.model, self.optimizers, self.plan.encoding, facts)
-        self.progress.elapsed += time.perf_counter() - started
-        return folder
+        improved = math.isfinite(val_loss) and val_loss <= (self.progress.best_loss or math.inf)
+        if improved:
+            self.progress.best_loss = val_loss
+        return val_loss, bits, improved
 
     def catch_up(self) -> Iterator[StepMetrics]:
-        """After a resume: the evaluation that was due at the checkpoint's step, where it was not written any more."""
-        lines = [line for line in checkpoint.read_metrics(self.plan.out) if line["step"] == self.progress.step]
-        due = self.progress.step == self.plan.steps or is_due(self.progress.step, self.plan.train.eval_every)
-        if self.val_tokens and self.progress.step and due and not any("val_loss" in line for line in lines):
-            val_loss, bits, _ = self.evaluate()
-            for line in lines:
-                if set(LOGGED) <= set(line):
-                    yield StepMetrics(**{key: line[key] for key in LOGGED}, val_loss=val_loss, val_bits_per_byte=bits)
+        """After a resume: the evaluation that was due at the checkpoint's step, where it was not finished any more."""
+        step, config = self.progress.step, self.plan.train
+        if not (self.val_tokens and step and (step == self.plan.steps or is_due(step, config.eval_every))):
+            return
+        known = checkpoint.evaluation(checkpoint.folder_of(self.plan.out, step))
+        lines = [line for line in metrics.read(self.plan.out) if line["step"] == step]
+        if known:
+            if not any("val_loss" in line for line in lines):
+                self.log.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
+            return
+        val_loss, bits, _ = self.evaluate()
+        self.writer.evaluated(step, val_loss, bits)
+        for line in lines:
+            if set(LOGGED) <= set(line):
+                yield StepMetrics(**{key: line[key] for key in LOGGED}, val_loss=val_loss, val_bits_per_byte=bits)
+
+    # ==== when something goes wrong ====
+
+    def roll_back(self) -> list[str]:
+        """Go back to the newest checkpoint that did not diverge, and on from there with the data that comes next. Raises
+        UserError when that has been tried often enough."""
+        facts = f"loss {float(self._loss):.4g}, gradient norm {float(self._grad_norm):.4g}, --lr {self._lr:.1e}"
+        before, config = self.progress, self.plan.train
+        if before.rollbacks >= config.max_rollbacks:
+            again = f", or with --init-from {self.plan.out}" if checkpoint.checkpoints(self.plan.out) else ""
+            raise UserError(
+                f"diverged at step {before.step}: {facts}, and after {before.rollbacks} rollbacks of {config.max_rollbacks} "
+                f"again; start a new run with a lower --lr{again}"
+            )
+        self.writer.wait()
+        whole = [
+            f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step and f not in self._suspects
+        ]
+        target = next((folder for folder in whole if checkpoint.is_whole(folder)), None)
+        if target:
+            self._suspects.add(target)
+        self._go_to(target)
+        now = self.progress
+        self.loader.position = now.position = before.position
+        now.elapsed, now.rollbacks = before.elapsed, before.rollbacks + 1
+        self.saved_step = now.step
+        self.log.trim(self.progress.step, self.progress.log)
+        message = f"diverged at step {before.step:,} ({facts}): back to step {now.step:,}, with other data"
+        self._tell("rollback", message, rollbacks=now.rollbacks)
+        return self.news()
+
+    def _tell(self, kind: str, message: str, **facts: Any) -> None:
+        self._events.append(message)
+        self.log.add({"step": self.progress.step, "event": kind, "message": message, **facts})
+
+    @property
+    def has_news(self) -> bool:
+        return self.writer.has_failed or self.writer.retry_is_due()
+
+    def news(self) -> list[str]:
+        """What happened since this was asked before, a failed save included."""
+        if failure := self.writer.failure():
+            stands = next((f"{f} stands" for f in checkpoint.checkpoints(self.plan.out)), "there is no checkpoint yet")
+            self._tell("save failed", f"could not save: {failure}; {stands}, and it will be tried again: free some space")
+        told, self._events = self._events, []
+        return told
+
+    # ==== saving ====
+
+    def save(self) -> Path | None:
+        """Copy the state and have it written in the background. None where the log already does not fit the disk."""
+        started = time.perf_counter()
+        self.progress.scaler, self.progress.log = self.scaler.state_dict(), self.log.state()
+        try:
+            self.log.settle()
+        except OSError as error:
+            self.writer.fail(error)
+            return None
+        state = checkpoint.snapshot(self.progress, self.model, self.optimizers, self.guard, self.plan.encoding)
+        folder = self.writer.save(state)
+        self.saved_step = self.progress.step
+        self._add_time(started)
+        return folder
+
+    def finish(self) -> Iterator[StepMetrics]:
+        """Save what is not saved yet, and stay until it is on the disk. A full one is waited for, but not for ever."""
+        for _ in range(LAST_TRIES):
+            saved = self.save() if self.saved_step != self.progress.step or self.writer.retry_is_due() else None
+            self.writer.wait()
+            failed, news = self.writer.has_failed, self.news()
+            if saved or news:
+                fresh = self._measured and self._measured.step == self.progress.step
+                measured = self._measured if self._measured and fresh else self.measure(log=False)
+                yield replace(measured, saved=None if failed else saved, events=news)
+            if not failed:
+                return
+            self.writer.wait_for_retry()
+        raise OSError(errno.ENOSPC, f"step {self.progress.step} could not be saved")
+
+    def close(self) -> None:
+        self.writer.close()
 
     def _add_time(self, started: float) -> None:
         seconds = time.perf_counter() - started
         self._window_seconds += seconds
         self.progress.elapsed += seconds
-
-    def _trim_metrics(self) -> None:
-        """Forget the lines of steps that will be done again, and one that a crash cut short."""
-        path = self.plan.out / "metrics.jsonl"
-        kept = [line for line in checkpoint.read_metrics(self.plan.out) if line["step"] <= self.progress.step]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def _log(self, line: dict[str, Any]) -> None:
-        with (self.plan.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-# ==== one update, one evaluation ====
-
-
-def train_step(
-    model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batches: Sequence[Batch],
-    *,
-    lr: float,
-    grad_clip: float,
-    precision: Precision = contextlib.nullcontext,
-    scaler: torch.amp.GradScaler | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One update from the mean gradient of the micro-batches. Returns their mean loss and the gradient's norm before
-    clipping, as tensors on the device, so that nobody waits for them."""
-    total = torch.zeros((), device=batches[0][0].device)
-    scaler = scaler or torch.amp.GradScaler(total.device.type, enabled=False)
-    model.train()
-    for x, y in batches:
-        with precision():
-            _, loss = model(x, y, loss_only=True)
-        scaler.scale(loss / len(batches)).backward()
-        total += loss.detach() / len(batches)
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.step(optimizer)
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    return total, grad_norm
-
-
-@torch.no_grad()
-def validate(model: GPT, batches: Iterator[Batch], precision: Precision, byte_lengths: Tensor) -> tuple[float, float | None]:
-    """Mean loss in nats a token, and bits per byte of the text the tokens stand for (V,) `byte_lengths` long;
-    None where they stand for none."""
-    model.eval()
-    where = model.wte.weight.device
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for x, y in batches:
-        with precision():
-            _, loss = model(x.to(where), y.to(where), loss_only=True)
-        nats += float(loss) * y.numel()
-        tokens += y.numel()
-        text_bytes += int(byte_lengths[y].sum())
-    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None

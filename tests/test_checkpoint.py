@@ -17,9 +17,10 @@ def run(run_folder, tmp_path):
 
 
 def test_a_checkpoint_holds_these_files(run_folder):
-    assert sorted(p.name for p in run_folder.iterdir()) == ["metrics.jsonl", "run.json", "step-000004", "step-000008"]
+    assert sorted(p.name for p in run_folder.iterdir()) == [
+        ".lock", "metrics.jsonl", "run.json", "step-000004", "step-000008"]  # fmt: skip
     assert sorted(p.name for p in (run_folder / "step-000008").iterdir()) == [
-        "checkpoint.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "checkpoint.json", "config.json", "evaluation.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "training.json", "training.safetensors"]  # fmt: skip
 
 
@@ -67,14 +68,25 @@ def test_a_changed_folder_is_used_when_its_owner_deleted_the_seal(run):
     assert GPT.from_pretrained(folder).config.n_layer == 2
 
 
-def test_a_run_means_its_best_checkpoint(run):
-    lines = [{"step": 4, "val_loss": 1.0}, {"step": 8, "val_loss": 2.0}, {"step": 6, "val_loss": 0.5}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "val')
+def test_a_run_means_its_best_checkpoint_and_prune_keeps_it_and_the_newest_two(run):
+    assert checkpoint.find_model(str(run)) == run / "step-000008"  # a run that learns gets better
+    checkpoint.write_evaluation(run / "step-000008", 99.0, None)
     assert checkpoint.find_model(str(run)) == run / "step-000004"
-    shutil.copytree(run / "step-000008", run / "step-000009")
-    shutil.copytree(run / "step-000008", run / "step-000010")
-    checkpoint.prune(run)
-    assert [p.name for p in checkpoint.checkpoints(run)] == ["step-000010", "step-000009", "step-000004"]
+    for step in (9, 10, 11):
+        shutil.copytree(run / "step-000008", run / f"step-{step:06d}")
+    checkpoint.prune(run, 10)  # 11 is not of this run: it is torn, or from before a rollback
+    assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(run)] == [11, 10, 9, 4]
+
+
+def test_an_evaluation_that_was_changed_is_named_and_costs_no_checkpoint(run):
+    path = run / "step-000004" / "evaluation.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 5'))
+    with pytest.raises(UserError, match=r"step-000004.evaluation\.json changed since"):
+        checkpoint.find_model(str(run))
+    for step in (9, 10):
+        shutil.copytree(run / "step-000008", run / f"step-{step:06d}")
+    checkpoint.prune(run, 10)
+    assert len(checkpoint.checkpoints(run)) == 4
 
 
 def test_without_a_name_the_newest_run_is_meant(run, tmp_path, monkeypatch):
@@ -85,25 +97,6 @@ def test_without_a_name_the_newest_run_is_meant(run, tmp_path, monkeypatch):
         for path in [tmp_path / "runs" / name, *(tmp_path / "runs" / name).iterdir()]:
             os.utime(path, (1e9 - n, 1e9 - n))
     assert checkpoint.find_model(None).parent.name == "new"
-
-
-@pytest.mark.parametrize("when", ["huggingface.write", "save_file", "atomic.seal", "atomic.flush"])
-def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoint(run, monkeypatch, when):
-    from gpt2cli.plan import resume_plan
-    from gpt2cli.train import Run
-
-    alive = Run(resume_plan(run, {}))
-    before = (run / "step-000008" / "checkpoint.json").read_bytes()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    target = {"atomic.flush": "gpt2cli.atomic.flush", "atomic.seal": "gpt2cli.atomic.seal"}.get(when)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(target or f"gpt2cli.checkpoint.{when}", full)
-        alive.save()
-    assert (run / "step-000008" / "checkpoint.json").read_bytes() == before
-    assert atomic.check_seal(run / "step-000008") and not list(run.glob(".*"))
 
 
 def test_a_folder_that_fails_to_be_replaced_is_put_back(tmp_path, monkeypatch):
@@ -124,7 +117,7 @@ def test_a_folder_that_fails_to_be_replaced_is_put_back(tmp_path, monkeypatch):
 
 
 def test_training_state_that_is_not_ours_is_refused(run):
-    from gpt2cli.plan import resume_plan
+    from gpt2cli.resume import resume_plan
     from gpt2cli.train import Run
 
     (run / "step-000008" / "checkpoint.json").unlink()
@@ -133,7 +126,7 @@ def test_training_state_that_is_not_ours_is_refused(run):
         Run(resume_plan(run, {}))
     (run / "step-000008" / "training.json").write_text('{"step": 8, "what": 1}')
     shutil.copy(run / "step-000004" / "training.safetensors", run / "step-000008" / "training.safetensors")
-    with pytest.raises(UserError, match="not one of ours"):
+    with pytest.raises(UserError, match=r"cannot be resumed from: .*'what'"):
         Run(resume_plan(run, {}))
 
 

@@ -113,9 +113,9 @@ def test_a_torn_gzip_is_a_user_error(tmp_path):
 
 def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, text_file):
     first = run([text_file], tmp_path / "out")
-    stamp = (tmp_path / "out" / first.shards[0]).stat().st_mtime_ns
+    stamp = (tmp_path / "out" / "train_000000.bin").stat().st_mtime_ns
     assert run([text_file], tmp_path / "out") == first
-    assert (tmp_path / "out" / first.shards[0]).stat().st_mtime_ns == stamp
+    assert (tmp_path / "out" / "train_000000.bin").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="already exists"):
         run([text_file], tmp_path / "out", Policy(val_fraction=0.2))
 

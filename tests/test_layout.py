@@ -11,13 +11,13 @@ import gpt2cli
 HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "corpus", "device", "formats", "loss", "model", "data", "optim",
-    "checkpoint", "plan", "train", "generate", "convert", "bench", "commands",
+    "guard", "metrics", "checkpoint", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": [],
     "atomic": [],
     "tokenizer": [],
-    "shards": [],
+    "shards": ["atomic"],
     "corpus": ["atomic", "shards", "tokenizer"],
     "device": [],
     "formats": ["atomic", "config", "tokenizer"],
@@ -25,12 +25,30 @@ MAY_IMPORT = {
     "model": ["config", "loss", "formats", "tokenizer"],
     "data": ["shards", "tokenizer"],
     "optim": ["config", "device", "model"],
-    "checkpoint": ["atomic", "formats", "model", "tokenizer"],
+    "guard": [],
+    "metrics": ["atomic"],
+    "checkpoint": ["atomic", "config", "formats", "guard", "metrics", "model", "tokenizer"],
     "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "shards", "tokenizer"],
-    "train": ["atomic", "checkpoint", "data", "device", "formats", "model", "optim", "plan", "shards"],
+    "resume": ["atomic", "checkpoint", "config", "corpus", "device", "metrics", "plan", "shards", "tokenizer"],
+    "step": ["guard", "model"],
+    "train": [
+        "atomic",
+        "checkpoint",
+        "data",
+        "device",
+        "formats",
+        "guard",
+        "metrics",
+        "model",
+        "optim",
+        "plan",
+        "shards",
+        "step",
+    ],
+    "verify": ["checkpoint", "plan", "resume", "train"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
-    "bench": ["config", "device", "generate", "model", "optim", "train"],
+    "bench": ["config", "device", "generate", "model", "optim", "step"],
 }
 LIBRARIES = {
     "typer": ["commands"],
@@ -38,7 +56,7 @@ LIBRARIES = {
     "tiktoken": ["tokenizer"],
     "transformers": ["convert"],
     "huggingface_hub": ["formats/huggingface"],
-    "safetensors": ["formats/huggingface", "checkpoint"],
+    "safetensors": ["formats/huggingface", "checkpoint", "verify"],
 }
 FILES = [path for path in sorted(HOUSE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
 

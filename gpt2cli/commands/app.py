@@ -55,7 +55,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return complain(str(error))
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        from gpt2cli import device
+
+        if not device.is_out_of_memory(error):
             raise
         return complain("out of memory: try a smaller --batch-size, --seq-len or model")
     except OSError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.live import Live
@@ -16,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from gpt2cli.metrics import StepMetrics
     from gpt2cli.plan import Plan
-    from gpt2cli.train import StepMetrics
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -28,6 +30,13 @@ def error(message: str) -> None:
 
 def note(message: str) -> None:
     stderr.print(Text(message, style="dim"))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now, whatever its threads are doing, but leave the terminal's cursor visible."""
+    with contextlib.suppress(OSError):
+        stderr.show_cursor(True)
+    os._exit(code)
 
 
 def print_json(value: Any) -> None:
@@ -141,6 +150,8 @@ class TrainDisplay:
         if metrics.val_loss is not None:
             bits = f", {metrics.val_bits_per_byte:.3f} bits a byte" if metrics.val_bits_per_byte else ""
             self._say(f"step {metrics.step:,}: validation loss {metrics.val_loss:.4f}{bits}")
+        for event in metrics.events:
+            stderr.print(Text(f"note: {event}", style="yellow"))
         for sample in metrics.samples:
             stderr.print(Text(f"--- step {metrics.step:,} ---\n{sample}", style="green"))
 

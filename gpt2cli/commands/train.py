@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import signal
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpt2cli.atomic import read_json
+from gpt2cli.atomic import from_home, read_json
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig, TrainConfig
 from gpt2cli.errors import UserError
 
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
     from gpt2cli.model import GPT
     from gpt2cli.plan import Plan
 
-MODEL, BATCH, OPTIMIZER, MACHINE, CADENCE, DATA = "Model", "Batch and length", "Optimizer", "Machine", "Cadence", "Data"
+MODEL, BATCH, OPTIMIZER, MACHINE = "Model", "Batch and length", "Optimizer", "Machine"
+CADENCE, DATA, SAFETY = "Cadence", "Data", "Safety"
 SHAPE = GPTConfig()
 TRAIN = TrainConfig()
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "attn_dropout")
@@ -84,6 +88,19 @@ def command(
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
     seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
     cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,
+    spike: Annotated[
+        float, option(SAFETY, "Deviations above the recent mean that make a loss or gradient norm bad; 0: none.")
+    ] = TRAIN.spike,
+    max_rollbacks: Annotated[int, option(SAFETY, "To an earlier checkpoint when updates stay bad.")] = TRAIN.max_rollbacks,
+    deterministic: Annotated[
+        bool, option(SAFETY, "The same bits each time on CUDA too; slower.", "--deterministic")
+    ] = TRAIN.deterministic,
+    max_minutes: Annotated[
+        float | None, option(SAFETY, "Save and stop after so long, as SIGTERM would.", min=0, show_default="none")
+    ] = None,
+    verify_resume: Annotated[
+        bool, option(SAFETY, "Prove on a few steps that these settings resume exactly, then stop.", "--verify-resume")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -98,13 +115,19 @@ def command(
 
     Prints the run folder's path. Its checkpoints are HuggingFace model folders; Ctrl-C saves one before it stops.
     """
-    carry_out(decide(context), dry_run, sample_prompt)
+    stop = StopRequest(max_minutes)
+    plan = decide(context)
+    if verify_resume and not dry_run:
+        prove(plan)
+    else:
+        carry_out(plan, stop, dry_run, sample_prompt)
 
 
 def decide(context: typer.Context) -> Plan:
     """The plan that the command line and its settings file ask for."""
     from gpt2cli.commands import console
-    from gpt2cli.plan import make_plan, resume_plan
+    from gpt2cli.plan import make_plan
+    from gpt2cli.resume import resume_plan
 
     values = {name: value for name, value in context.params.items() if name not in overridden(context)}
     given = {name: value for name, value in values.items() if source_of(context, name) != "DEFAULT"}
@@ -149,7 +172,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make the settings of a file the defaults of this command line."""
     if path is None:
         return None
-    options = {parameter.name for parameter in context.command.params} - {"config", "resume", "dry_run", "out"}
+    options = {parameter.name for parameter in context.command.params} - {"config", "resume", "dry_run", "out", "verify_resume"}
     if path.suffix == ".toml":
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -161,16 +184,17 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
         values["data"] = values.pop("input", None)
     else:
-        run = read_json(path)
+        run = read_json(path)  # not its seal: here it is a settings file, which people edit
         try:
-            values = run["model"] | run["train"] | {"data": run["data"]["given"], "init_from": run["init_from"]}
-        except (KeyError, TypeError):
+            start = run["init_from"] and str(from_home(run["init_from"]))
+            values = run["model"] | run["train"] | {"data": str(from_home(run["data"]["given"])), "init_from": start}
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
     context.default_map = {name: value for name, value in values.items() if name in options and value is not None}
     return path
 
 
-def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
+def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) -> None:
     from gpt2cli import device
     from gpt2cli.commands import console
     from gpt2cli.train import train
@@ -180,11 +204,11 @@ def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
         return
-    stop = StopRequest()
     with console.TrainDisplay(plan, rate) as display, stop:
         last = None
         for last in train(plan, should_stop=stop.asked, sample=sample):
-            display.show(last)
+            with contextlib.suppress(OSError):  # a terminal that went away must not cost the run
+                display.show(last)
     print(plan.out)
     step = last.step if last else plan.first_step
     if step < plan.steps:
@@ -195,14 +219,34 @@ def carry_out(plan: Plan, dry_run: bool, sample_prompt: str) -> None:
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
 
 
-class StopRequest:
-    """The first Ctrl-C or SIGTERM asks the loop to save and stop; a second one leaves at once, which is safe since
-    checkpoints appear whole or not at all."""
+def prove(plan: Plan) -> None:
+    """Tell whether a run on this plan can be resumed exactly."""
+    from gpt2cli.commands import console
+    from gpt2cli.verify import verify_resume
 
-    number = 0
+    verdict = verify_resume(plan)
+    half = f"{verdict.steps // 2} steps, a resume and {verdict.steps - verdict.steps // 2} steps"
+    if verdict.different:
+        raise UserError(
+            f"{verdict.steps} steps are not {half}: {len(verdict.different)} of {verdict.tensors} tensors differ, by at most "
+            f"{verdict.largest_difference:.2g}, the first is {verdict.different[0]}; on CUDA add --deterministic"
+        )
+    console.note(f"proved: {verdict.steps} steps equal {half}, bit for bit in all {verdict.tensors} tensors")
+
+
+class StopRequest:
+    """The first Ctrl-C or SIGTERM (or a terminal that is closed, or the end of `max_minutes`) asks the loop to save and
+    stop; a second signal leaves at once, which is safe since checkpoints appear whole or not at all."""
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.number = 0  # of the signal
+        self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> StopRequest:
-        self._before = [(number, signal.signal(number, self._ask)) for number in (signal.SIGINT, signal.SIGTERM)]
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = [(number, signal.signal(number, self._ask)) for number in numbers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,11 +257,14 @@ class StopRequest:
         from gpt2cli.commands import console
 
         if self.number:
-            raise SystemExit(128 + number)
+            console.leave(128 + number)
         self.number = number
-        console.note("finishing this step, then saving; once more to leave at once")
+        with contextlib.suppress(OSError):
+            console.note("finishing this step, then saving; once more to leave at once")
 
     def asked(self) -> bool:
+        if not self.number and time.monotonic() >= self._end:
+            self.number = signal.SIGTERM
         return bool(self.number)
 
 

@@ -1,0 +1,132 @@
+"""Going on with a run: is it still the same one, and what has changed?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2cli import atomic, checkpoint, corpus, device, metrics
+from gpt2cli.config import GPTConfig, TrainConfig, from_dict
+from gpt2cli.errors import UserError
+from gpt2cli.plan import Plan, find_tokens, provenance
+from gpt2cli.shards import check, count_tokens, fingerprint
+from gpt2cli.tokenizer import Encoding
+
+# Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
+FREE = (
+    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "spike", "max_rollbacks",
+    "deterministic",
+)  # fmt: skip
+
+
+def resume_plan(
+    out: Path | None,
+    changes: Mapping[str, Any],
+    *,
+    data: str | Path | None = None,
+    cache: Path | None = None,
+    on_skip: Callable[[str], None] = lambda message: None,
+    on_tokenize: corpus.Progress = lambda done, total: None,
+) -> Plan:
+    """Go on with the run in `out`, or the newest below `runs/`, from its newest whole checkpoint.
+
+    `changes` are the options given anew. Raises UserError for one that would make it a different run, for data that is
+    no longer the same, where there is no run, and where another process is at it.
+    """
+    if out is None:
+        found = checkpoint.runs(Path("runs"))
+        if not found:
+            raise UserError("there is no run under runs/ to continue; start one with 'gpt2 train'")
+        out = found[0]
+    if not (out / "run.json").is_file():
+        raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
+    run = atomic.read_sealed(out / "run.json")
+    try:
+        given, wanted, tokens = run["data"]["given"], run["data"]["sha256"], atomic.from_home(run["data"]["tokens"])
+        model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
+        before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
+        init_from, asked = run["init_from"] and str(atomic.from_home(run["init_from"])), dict(run["asked"])
+        sessions = list(run["sessions"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
+    train = _changed(out, changes, model, before, asked)
+    with atomic.lock(out):
+        atomic.sweep(out)
+        start = checkpoint.latest(out, on_skip)
+    if start and (train.steps or 0) < checkpoint.step_of(start):
+        raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
+    encoding = Encoding.gpt2()
+    if start or init_from:
+        encoding, _ = checkpoint.find_encoding(start or Path(init_from), model.vocab_size)
+    if data is not None or not _intact(tokens):
+        source = data if data is not None else None if given == str(corpus.EMBEDDED) else atomic.from_home(given)
+        tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
+    if fingerprint(tokens) != wanted:
+        raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
+    train_tokens, val_tokens = count_tokens(tokens)
+    changed = {name: [value, asdict(train)[name]] for name, value in asdict(before).items() if asdict(train)[name] != value}
+    return Plan(
+        out=out,
+        data=given,
+        tokens=tokens,
+        data_sha256=wanted,
+        model=model,
+        train=train,
+        encoding=encoding,
+        init_from=init_from,
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+        asked=asked,
+        resume_from=start,
+        sessions=tuple(sessions),
+        changed=changed,
+        notes=tuple(_notes(out, start, changed, run, torch.device(train.device))),
+    )
+
+
+def _changed(
+    out: Path, changes: Mapping[str, Any], model: GPTConfig, before: TrainConfig, asked: Mapping[str, Any]
+) -> TrainConfig:
+    """The settings with those that were given anew. Raises UserError for one that would make it a different run."""
+    for name, value in changes.items():
+        had = (asdict(model) | asdict(before)).get(name)
+        same = atomic.to_home(value) if isinstance(value, str) else value
+        if name not in FREE and same not in (had, asked.get(name, getattr(TrainConfig(), name, had))):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} would make {out} a different run (it has {asked.get(name, had)}); "
+                "leave it out, or start a new run with another --out"
+            )
+    train = replace(before, **{name: value for name, value in changes.items() if name in FREE})
+    rows, left = divmod(train.tokens_per_step, (train.batch_size or 1) * (train.seq_len or 1))
+    if left or not rows:
+        raise UserError(
+            f"--batch-size {train.batch_size}: an update has {train.tokens_per_step // (train.seq_len or 1)} rows, "
+            "which are not whole micro-steps of that many"
+        )
+    return replace(train, device=device.pick_device(train.device).type)
+
+
+def _intact(tokens: Path) -> bool:
+    try:
+        check(tokens)
+    except UserError:
+        return False
+    return tokens.is_dir()
+
+
+def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Mapping[str, Any], where: torch.device) -> list[str]:
+    """What is different from the session before; most of it makes the run equal only up to rounding."""
+    notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
+    notes += [f"{name} changed from {old} to {new}" for name, (old, new) in changed.items()]
+    had, has = run.get("made_with"), provenance(where)
+    for name in ("torch", "device"):
+        if isinstance(had, dict) and had.get(name) != has[name]:
+            notes.append(f"{name} was {had.get(name)} and is {has[name]}: the run goes on, but perhaps not bit for bit")
+    log = atomic.read_json(start / "training.json").get("log") if start else None
+    if isinstance(log, dict) and log and not metrics.unchanged(out, log):
+        notes.append(f"{out / metrics.NAME} was changed since the checkpoint was saved: its lines are kept as they are")
+    return notes
