@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ class StepMetrics:
     events: Sequence[str] = ()  # what a person should know: updates skipped, a full disk, ...
 
     def line(self) -> dict[str, Any]:
-        """What is logged of the step itself. A loss that is no number is null, since JSON has none."""
-        values = {key: value for key, value in asdict(self).items() if key in LOGGED}
-        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+        """What is logged of the step itself."""
+        return {key: getattr(self, key) for key in LOGGED}
 
 
 class MetricsLog:
@@ -60,7 +59,9 @@ class MetricsLog:
         self._digest = hashlib.sha256(self.path.read_bytes())
 
     def add(self, line: dict[str, Any]) -> None:
-        self._waiting.append(json.dumps(line).encode() + b"\n")
+        """Append a line. What is not finite becomes null, since JSON has no such number."""
+        known = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        self._waiting.append(json.dumps(known).encode() + b"\n")
         with contextlib.suppress(OSError):
             self.settle()
 

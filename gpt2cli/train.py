@@ -204,13 +204,14 @@ class Run:
         self._measured = measured
         return measured
 
-    def evaluate(self) -> tuple[float, float | None, bool]:
+    def evaluate(self, log: bool = True) -> tuple[float, float | None, bool]:
         """Validation loss, bits per byte, and whether that loss is the lowest of the run so far."""
         assert self.val_tokens
         started = time.perf_counter()
         batches = eval_batches(self.val_tokens, self.plan.batch_size, self.plan.seq_len, self.plan.train.eval_tokens)
         val_loss, bits = validate(self.model, batches, self.precision, self.byte_lengths)
-        self.log.add({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
+        if log:
+            self.log.add({"step": self.progress.step, "val_loss": val_loss, "val_bits_per_byte": bits})
         self.progress.elapsed += time.perf_counter() - started
         improved = math.isfinite(val_loss) and val_loss <= (self.progress.best_loss or math.inf)
         if improved:
@@ -224,11 +225,12 @@ class Run:
             return
         known = checkpoint.evaluation(checkpoint.folder_of(self.plan.out, step))
         lines = [line for line in metrics.read(self.plan.out) if line["step"] == step]
+        logged = any("val_loss" in line for line in lines)
         if known:
-            if not any("val_loss" in line for line in lines):
+            if not logged:
                 self.log.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
             return
-        val_loss, bits, _ = self.evaluate()
+        val_loss, bits, _ = self.evaluate(log=not logged)
         self.writer.evaluated(step, val_loss, bits)
         for line in lines:
             if set(LOGGED) <= set(line):
@@ -285,12 +287,12 @@ class Run:
     def save(self) -> Path | None:
         """Copy the state and have it written in the background. None where the log already does not fit the disk."""
         started = time.perf_counter()
-        self.progress.scaler, self.progress.log = self.scaler.state_dict(), self.log.state()
         try:
             self.log.settle()
         except OSError as error:
             self.writer.fail(error)
             return None
+        self.progress.scaler, self.progress.log = self.scaler.state_dict(), self.log.state()
         state = checkpoint.snapshot(self.progress, self.model, self.optimizers, self.guard, self.plan.encoding)
         folder = self.writer.save(state)
         self.saved_step = self.progress.step
