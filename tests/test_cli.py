@@ -207,21 +207,42 @@ def test_a_reader_that_leaves_is_no_error(run_folder):
 # ==== mistakes ====
 
 
-def test_a_full_disk_while_saving_is_one_line_and_the_checkpoint_before_stands(gpt2, text_file, monkeypatch):
-    from gpt2cli import atomic
+def test_a_full_disk_while_saving_is_told_and_training_goes_on(gpt2, text_file, monkeypatch):
+    from gpt2cli import atomic, checkpoint
 
-    seal = atomic.seal
+    seal, tries = atomic.seal, []
 
-    def full_at_step_4(folder, facts):
-        if facts["step"] == 4:
+    def full_once_at_step_4(folder, facts):
+        tries.append(facts["step"])
+        if tries.count(4) == 1 and facts["step"] == 4:
             raise OSError(28, "No space left on device")
         seal(folder, facts)
 
-    monkeypatch.setattr(atomic, "seal", full_at_step_4)
-    done = gpt2("train", text_file, *QUICK, "--steps", 6, "--save-every", 2, "--eval-every", 0, "--out", "run")
-    assert done.code == 1 and done.out == "" and "the disk is full" in done.err
-    assert sorted(p.name for p in Path("run").iterdir()) == ["metrics.jsonl", "run.json", "step-000002"]
-    monkeypatch.setattr(atomic, "seal", seal)
+    monkeypatch.setattr(atomic, "seal", full_once_at_step_4)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    done = gpt2("train", text_file, *QUICK, "--steps", 8, "--save-every", 4, "--eval-every", 0, "--out", "run")
+    assert (done.code, done.out) == (0, "run\n") and "No space left" in done.err and "tried again" in done.err
+    assert tries[0] == 4 and 4 < tries[1] < 8 and tries[-1] == 8
+    assert [line["step"] for line in metrics_of("run") if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in metrics_of("run") if line.get("event") == "save failed"]
+
+
+def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_stands(gpt2, text_file, monkeypatch):
+    from gpt2cli import atomic, checkpoint
+
+    seal = atomic.seal
+
+    def full_from_step_4(folder, facts):
+        if facts["step"] >= 4:
+            raise OSError(28, "No space left on device")
+        seal(folder, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "seal", full_from_step_4)
+        patch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+        done = gpt2("train", text_file, *QUICK, "--steps", 6, "--save-every", 2, "--eval-every", 0, "--out", "run")
+    assert done.code == 1 and done.out == "" and "the disk is full" in done.err.splitlines()[-1]
+    assert [p.name for p in sorted(Path("run").glob("*step*"))] == ["step-000002"]
     assert gpt2("train", "--resume", "--out", "run").code == 0
     assert [line["step"] for line in metrics_of("run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
