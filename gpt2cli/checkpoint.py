@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt2cli import __version__, atomic, metrics
+from gpt2cli import __version__, atomic
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
@@ -39,7 +35,6 @@ from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
 Optimizers = Sequence[torch.optim.Optimizer]
-RETRY_SECONDS = 30.0  # after a save that failed
 KEEP = 2  # newest checkpoints; the best is kept beside them
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -110,87 +105,6 @@ def write_evaluation(folder: Path, val_loss: float, val_bits_per_byte: float | N
     """Keep the validation loss beside the weights it belongs to."""
     values = {"step": step_of(folder), "val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
     atomic.write_sealed(folder / "evaluation.json", values)
-
-
-def _step_back() -> None:
-    """Let the calling thread have little more than training leaves of the processor: on two cores a save of 124M then costs
-    a second of training, spread over half a minute, instead of four at once. Other systems than Linux have no such dial."""
-    torch.set_num_threads(1)  # of this thread
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-class Writer:
-    """Writes the checkpoints of a run in a thread, one after the other. A disk that is full stops nothing: `failure` tells
-    of it, and a time is set for the next attempt."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._pool = ThreadPoolExecutor(1, "checkpoint", _step_back)
-        self._jobs: list[Future[None]] = []
-        self._failures: list[OSError] = []
-        self._evaluations: dict[int, tuple[float, float | None]] = {}  # of steps, not written yet
-        self._retry_at = math.inf
-
-    def save(self, state: Snapshot) -> Path:
-        """Returns at once, with the folder it will be, unless the one before is still being written."""
-        self.wait()
-        self._retry_at = math.inf
-        self._jobs.append(self._pool.submit(self._save, state))
-        return folder_of(self.run, state.progress.step)
-
-    def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
-        """Goes with the checkpoint of this step, if there is one or will be."""
-        self._evaluations = {step: (val_loss, val_bits_per_byte)}
-        self._jobs.append(self._pool.submit(self._evaluated, step))
-
-    def wait(self) -> None:
-        """Until everything is on the disk, or has failed. Raises what is a bug rather than a bad disk."""
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job.result()
-
-    def fail(self, error: OSError) -> None:
-        self._failures.append(error)
-        self._retry_at = time.monotonic() + RETRY_SECONDS
-
-    @property
-    def has_failed(self) -> bool:
-        return bool(self._failures)
-
-    def failure(self) -> OSError | None:
-        """The last one since this was asked before."""
-        failures, self._failures = self._failures, []
-        return failures[-1] if failures else None
-
-    def retry_is_due(self) -> bool:
-        return time.monotonic() >= self._retry_at
-
-    def wait_for_retry(self) -> None:
-        while not self.retry_is_due():
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def _save(self, state: Snapshot) -> None:
-        step = state.progress.step
-        try:
-            atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
-            write(self.run, state)
-        except OSError as error:
-            self.fail(error)
-            return
-        self._evaluated(step)
-        prune(self.run, step)
-
-    def _evaluated(self, step: int) -> None:
-        folder, values = folder_of(self.run, step), self._evaluations.get(step)
-        try:
-            if values and folder.is_dir():
-                write_evaluation(folder, *values)
-        except OSError as error:
-            self.fail(error)
 
 
 def prune(run: Path, step: int) -> None:

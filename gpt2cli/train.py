@@ -29,6 +29,7 @@ from gpt2cli.optim import lr_at, make_optimizers
 from gpt2cli.plan import Plan
 from gpt2cli.shards import Tokens
 from gpt2cli.step import train_step, validate
+from gpt2cli.writer import Writer
 
 LOOK_EVERY = 16  # steps between looks at the guard's verdicts, where nothing else waits for the device
 BAD_IN_A_ROW = 3  # updates refused one after the other: then it is the model that is bad, not the batch
@@ -106,7 +107,7 @@ class Run:
         atomic.write_sealed(plan.out / "run.json", plan.to_json())  # the first file: with it a folder is a run
         self.log = MetricsLog(plan.out)
         self.log.trim(self.progress.step, self.progress.log)
-        self.writer = checkpoint.Writer(plan.out)
+        self.writer = Writer(plan.out)
 
     def _check_folder(self) -> None:
         """Raises UserError where another process got to the folder between the plan and the lock."""

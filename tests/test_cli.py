@@ -208,7 +208,7 @@ def test_a_reader_that_leaves_is_no_error(run_folder):
 
 
 def test_a_full_disk_while_saving_is_told_and_training_goes_on(gpt2, text_file, monkeypatch):
-    from gpt2cli import atomic, checkpoint
+    from gpt2cli import atomic, writer
 
     seal, tries = atomic.seal, []
 
@@ -219,7 +219,7 @@ def test_a_full_disk_while_saving_is_told_and_training_goes_on(gpt2, text_file, 
         seal(folder, facts)
 
     monkeypatch.setattr(atomic, "seal", full_once_at_step_4)
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
     done = gpt2("train", text_file, *QUICK, "--steps", 8, "--save-every", 4, "--eval-every", 0, "--out", "run")
     assert (done.code, done.out) == (0, "run\n") and "No space left" in done.err and "tried again" in done.err
     assert tries[0] == 4 and 4 < tries[1] < 8 and tries[-1] == 8
@@ -228,7 +228,7 @@ def test_a_full_disk_while_saving_is_told_and_training_goes_on(gpt2, text_file, 
 
 
 def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_stands(gpt2, text_file, monkeypatch):
-    from gpt2cli import atomic, checkpoint
+    from gpt2cli import atomic, writer
 
     seal = atomic.seal
 
@@ -239,7 +239,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_stand
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "seal", full_from_step_4)
-        patch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+        patch.setattr(writer, "RETRY_SECONDS", 0.0)
         done = gpt2("train", text_file, *QUICK, "--steps", 6, "--save-every", 2, "--eval-every", 0, "--out", "run")
     assert done.code == 1 and done.out == "" and "the disk is full" in done.err.splitlines()[-1]
     assert [p.name for p in sorted(Path("run").glob("*step*"))] == ["step-000002"]

@@ -11,7 +11,8 @@ import gpt2cli
 HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "corpus", "device", "formats", "loss", "model", "data", "optim",
-    "guard", "metrics", "checkpoint", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench", "commands",
+    "guard", "metrics", "checkpoint", "writer", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench",
+    "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": [],
@@ -27,7 +28,8 @@ MAY_IMPORT = {
     "optim": ["config", "device", "model"],
     "guard": [],
     "metrics": ["atomic"],
-    "checkpoint": ["atomic", "config", "formats", "guard", "metrics", "model", "tokenizer"],
+    "checkpoint": ["atomic", "config", "formats", "guard", "model", "tokenizer"],
+    "writer": ["atomic", "checkpoint", "metrics"],
     "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "shards", "tokenizer"],
     "resume": ["atomic", "checkpoint", "config", "corpus", "device", "metrics", "plan", "shards", "tokenizer"],
     "step": ["guard", "model"],

@@ -1,0 +1,98 @@
+"""Writes the checkpoints of a run in the background, behind the training that goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gpt2cli import atomic, checkpoint, metrics
+
+RETRY_SECONDS = 30.0  # after a save that failed
+
+
+def _step_back() -> None:
+    """Let the calling thread have little more than training leaves of the processor: on two cores a save of 124M then costs
+    a second of training, spread over half a minute, instead of four at once. Other systems than Linux have no such dial."""
+    torch.set_num_threads(1)  # of this thread
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+class Writer:
+    """Writes the checkpoints of a run in a thread, one after the other. A disk that is full stops nothing: `failure` tells
+    of it, and a time is set for the next attempt."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._pool = ThreadPoolExecutor(1, "checkpoint", _step_back)
+        self._jobs: list[Future[None]] = []
+        self._failures: list[OSError] = []
+        self._evaluations: dict[int, tuple[float, float | None]] = {}  # of steps, not written yet
+        self._retry_at = math.inf
+
+    def save(self, state: checkpoint.Snapshot) -> Path:
+        """Returns at once, with the folder it will be, unless the one before is still being written."""
+        self.wait()
+        self._retry_at = math.inf
+        self._jobs.append(self._pool.submit(self._save, state))
+        return checkpoint.folder_of(self.run, state.progress.step)
+
+    def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
+        """Goes with the checkpoint of this step, if there is one or will be."""
+        self._evaluations = {step: (val_loss, val_bits_per_byte)}
+        self._jobs.append(self._pool.submit(self._evaluated, step))
+
+    def wait(self) -> None:
+        """Until everything is on the disk, or has failed. Raises what is a bug rather than a bad disk."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+    def fail(self, error: OSError) -> None:
+        self._failures.append(error)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self._failures)
+
+    def failure(self) -> OSError | None:
+        """The last one since this was asked before."""
+        failures, self._failures = self._failures, []
+        return failures[-1] if failures else None
+
+    def retry_is_due(self) -> bool:
+        return time.monotonic() >= self._retry_at
+
+    def wait_for_retry(self) -> None:
+        while not self.retry_is_due():
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _save(self, state: checkpoint.Snapshot) -> None:
+        step = state.progress.step
+        try:
+            atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
+            checkpoint.write(self.run, state)
+        except OSError as error:
+            self.fail(error)
+            return
+        self._evaluated(step)
+        checkpoint.prune(self.run, step)
+
+    def _evaluated(self, step: int) -> None:
+        folder, values = checkpoint.folder_of(self.run, step), self._evaluations.get(step)
+        try:
+            if values and folder.is_dir():
+                checkpoint.write_evaluation(folder, *values)
+        except OSError as error:
+            self.fail(error)
