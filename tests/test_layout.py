@@ -46,7 +46,8 @@ MAY_IMPORT = {
         "plan",
         "shards",
         "step",
-    ],
+        "writer",
+    ],  # fmt: skip
     "verify": ["checkpoint", "plan", "resume", "train"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
