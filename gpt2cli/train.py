@@ -251,10 +251,8 @@ class Run:
                 f"again; start a new run with a lower --lr{again}"
             )
         self.writer.wait()
-        whole = [
-            f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step and f not in self._suspects
-        ]
-        target = next((folder for folder in whole if checkpoint.is_whole(folder)), None)
+        done = [f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step]
+        target = next((f for f in done if f not in self._suspects and checkpoint.is_whole(f)), None)
         if target:
             self._suspects.add(target)
         self._go_to(target)
@@ -297,7 +295,7 @@ class Run:
         state = checkpoint.snapshot(self.progress, self.model, self.optimizers, self.guard, self.plan.encoding)
         folder = self.writer.save(state)
         self.saved_step = self.progress.step
-        self._add_time(started)
+        self.progress.elapsed += time.perf_counter() - started
         return folder
 
     def finish(self) -> Iterator[StepMetrics]:

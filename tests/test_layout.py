@@ -47,7 +47,7 @@ MAY_IMPORT = {
         "shards",
         "step",
         "writer",
-    ],  # fmt: skip
+    ],
     "verify": ["checkpoint", "plan", "resume", "train"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
