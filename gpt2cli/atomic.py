@@ -46,6 +46,13 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill leaves nothing half deleted under its name."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def sweep(parent: Path) -> None:
     """Remove what a killed `new_folder` left in `parent`, and put back a folder it had moved aside."""
     for path in parent.glob(".*.tmp"):
@@ -86,7 +93,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A file name that is not UTF-8 holds surrogates, which JSON writes with a backslash.
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that the disk, or the user's part of it, is full. The safetensors library has only the message."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) or "No space left" in str(error)
 
 
 def read_json(path: Path) -> dict[str, Any]:

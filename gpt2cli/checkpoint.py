@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +35,7 @@ from gpt2cli.tokenizer import Encoding
 
 Optimizers = Sequence[torch.optim.Optimizer]
 KEEP = 2  # newest checkpoints; the best is kept beside them
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's keeps of a parameter
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -51,6 +51,8 @@ class Progress:
     elapsed: float = 0.0  # seconds
     best_loss: float | None = None  # lowest validation loss
     rollbacks: int = 0
+    suspects: list[int] = field(default_factory=list)  # steps of checkpoints that were rolled back to
+    stopped: bool = False  # saved because the run was stopped, where it would not have been otherwise
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16's gradients
     log: dict[str, Any] = field(default_factory=dict)  # state of `metrics.jsonl`
 
@@ -112,12 +114,12 @@ def prune(run: Path, step: int) -> None:
     rollback, and are written again when the run gets there."""
     done = [folder for folder in checkpoints(run) if step_of(folder) <= step]
     try:
-        keep = {*done[:KEEP], best(run)}
+        keep = {*done[:1], *[folder for folder in done if not was_stopped(folder)][:KEEP], best(run)}
     except UserError:  # an evaluation that was tampered with: better too many than one too few
         return
     for folder in done:
         if folder not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            atomic.remove_folder(folder)
 
 
 # ==== reading ====
@@ -130,16 +132,15 @@ def restore(folder: Path, model: GPT, optimizers: Optimizers, guard: Guard) -> P
     values = atomic.read_json(folder / "training.json")
     try:
         progress = Progress(**values)
-        whole_numbers = progress.step, progress.position, progress.rollbacks
+        whole_numbers = progress.step, progress.position, progress.rollbacks, *progress.suspects
         if not all(isinstance(n, int) for n in whole_numbers) or not isinstance(progress.log, dict):
             raise TypeError("training.json is not one of ours")
         tensors = load_file(folder / "training.safetensors")
         model.load_state_dict(state)
         owner = _owners(optimizers)
         for name, parameter in model.named_parameters():
-            suffix = f".{name}"
-            for key in [key for key in tensors if key.startswith("optimizer.") and key.endswith(suffix)]:
-                short = key.removeprefix("optimizer.").removesuffix(suffix)
+            for short in getattr(owner[parameter], "state_names", ADAMW_STATE) if progress.step else ():
+                key = f"optimizer.{short}.{name}"
                 value = tensors[key]
                 if value.shape not in (parameter.shape, torch.Size([])):
                     raise RuntimeError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
@@ -186,6 +187,14 @@ def is_whole(folder: Path, on_skip: Callable[[str], None] = lambda message: None
         on_skip(f"skipping a torn checkpoint: {error}")
         return False
     return True
+
+
+def was_stopped(folder: Path) -> bool:
+    """Whether it is there only because the run was stopped: the run that was not stopped could not roll back to it."""
+    try:
+        return bool(atomic.read_json(folder / "training.json").get("stopped"))
+    except UserError:
+        return False
 
 
 def best(run: Path) -> Path | None:

@@ -149,9 +149,11 @@ def cached(inputs: Sequence[Path], cache: Path, *, encoding: Encoding, policy: P
     folder = cache / "tokens" / hashlib.sha256(key.encode()).hexdigest()
     try:
         check(folder)
-    except UserError:  # it is only a cache: made anew
-        shutil.rmtree(folder)
-    if not (folder / "manifest.json").is_file():
+        intact = (folder / "manifest.json").is_file()
+    except UserError:
+        intact = False
+    if not intact:
+        shutil.rmtree(folder, ignore_errors=True)  # it is only a cache: made anew
         try:
             tokenize(inputs, folder, encoding=encoding, policy=policy, progress=progress)
         except OSError:

@@ -42,6 +42,8 @@ class Muon(torch.optim.Optimizer):
     typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
     both."""
 
+    state_names = ("momentum",)  # what it keeps of a parameter
+
     def __init__(self, params: Any, *, lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
 

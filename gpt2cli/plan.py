@@ -39,6 +39,7 @@ class Plan:
     train: TrainConfig
     encoding: Encoding
     init_from: str | None
+    init_sha256: str | None  # of its weights
     train_tokens: int
     val_tokens: int
     asked: Mapping[str, Any]  # the options that were given, before anything was decided
@@ -107,11 +108,16 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """`run.json`: what is needed to repeat the run, and to go on with it."""
-        session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "from_step": self.first_step, "changed": dict(self.changed)}
-        return {
+        session = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "from_step": self.first_step,
+            "changed": dict(self.changed),
             "made_with": provenance(self.device),
+        }
+        return {
             "data": {"given": atomic.to_home(self.data), "sha256": self.data_sha256, "tokens": atomic.to_home(self.tokens)},
             "init_from": self.init_from and atomic.to_home(self.init_from),
+            "init_sha256": self.init_sha256,
             "asked": dict(self.asked),
             "model": asdict(self.model),
             "train": asdict(self.train),
@@ -199,6 +205,7 @@ def make_plan(
         train=train,
         encoding=encoding,
         init_from=str(start) if start else None,
+        init_sha256=huggingface.weights_sha256(start) if start else None,
         train_tokens=train_tokens,
         val_tokens=val_tokens,
         asked=asked,

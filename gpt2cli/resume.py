@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from gpt2cli import atomic, checkpoint, corpus, device, metrics
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
+from gpt2cli.formats import huggingface
 from gpt2cli.plan import Plan, find_tokens, provenance
 from gpt2cli.shards import check, count_tokens, fingerprint
 from gpt2cli.tokenizer import Encoding
@@ -21,6 +22,39 @@ FREE = (
     "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "spike", "max_rollbacks",
     "deterministic",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `run.json` says of the sessions before."""
+
+    given: str  # the data
+    data_sha256: str
+    tokens: Path
+    model: GPTConfig
+    train: TrainConfig
+    init_from: str | None
+    init_sha256: str | None
+    asked: dict[str, Any]
+    sessions: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def read(cls, out: Path) -> Record:
+        run = atomic.read_sealed(out / "run.json")
+        try:
+            return cls(
+                given=str(run["data"]["given"]),
+                data_sha256=run["data"]["sha256"],
+                tokens=atomic.from_home(run["data"]["tokens"]),
+                model=from_dict(GPTConfig, run["model"], f"{out / 'run.json'}"),
+                train=from_dict(TrainConfig, run["train"], f"{out / 'run.json'}"),
+                init_from=run["init_from"] and str(atomic.from_home(run["init_from"])),
+                init_sha256=run["init_sha256"],
+                asked=dict(run["asked"]),
+                sessions=tuple(dict(session) for session in run["sessions"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
 
 
 def resume_plan(
@@ -44,56 +78,52 @@ def resume_plan(
         out = found[0]
     if not (out / "run.json").is_file():
         raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
-    run = atomic.read_sealed(out / "run.json")
-    try:
-        given, wanted, tokens = run["data"]["given"], run["data"]["sha256"], atomic.from_home(run["data"]["tokens"])
-        model = from_dict(GPTConfig, run["model"], f"{out / 'run.json'}")
-        before = from_dict(TrainConfig, run["train"], f"{out / 'run.json'}")
-        init_from, asked = run["init_from"] and str(atomic.from_home(run["init_from"])), dict(run["asked"])
-        sessions = list(run["sessions"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
-    train = _changed(out, changes, model, before, asked)
+    run = Record.read(out)
+    train = _changed(out, changes, run)
     with atomic.lock(out):
         atomic.sweep(out)
         start = checkpoint.latest(out, on_skip)
     if start and (train.steps or 0) < checkpoint.step_of(start):
         raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
+    if run.init_from and not start and huggingface.weights_sha256(Path(run.init_from)) != run.init_sha256:
+        raise UserError(f"{out} has no checkpoint, and {run.init_from} is not the model it was started from: start a new run")
     encoding = Encoding.gpt2()
-    if start or init_from:
-        encoding, _ = checkpoint.find_encoding(start or Path(init_from), model.vocab_size)
+    if model_folder := start or (Path(run.init_from) if run.init_from else None):
+        encoding, _ = checkpoint.find_encoding(model_folder, run.model.vocab_size)
+    tokens = run.tokens
     if data is not None or not _intact(tokens):
-        source = data if data is not None else None if given == str(corpus.EMBEDDED) else atomic.from_home(given)
+        source = data if data is not None else None if run.given == str(corpus.EMBEDDED) else atomic.from_home(run.given)
         tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
-    if fingerprint(tokens) != wanted:
-        raise UserError(f"the data is not what {out} was trained on ({given} changed?); start a new run with another --out")
+    if fingerprint(tokens) != run.data_sha256:
+        raise UserError(f"the data is not what {out} was trained on ({run.given} changed?); start a new run with another --out")
     train_tokens, val_tokens = count_tokens(tokens)
-    changed = {name: [value, asdict(train)[name]] for name, value in asdict(before).items() if asdict(train)[name] != value}
+    before, now = asdict(run.train), asdict(train)
+    changed = {name: [before[name], now[name]] for name in before if before[name] != now[name]}
     return Plan(
         out=out,
-        data=given,
+        data=run.given,
         tokens=tokens,
-        data_sha256=wanted,
-        model=model,
+        data_sha256=run.data_sha256,
+        model=run.model,
         train=train,
         encoding=encoding,
-        init_from=init_from,
+        init_from=run.init_from,
+        init_sha256=run.init_sha256,
         train_tokens=train_tokens,
         val_tokens=val_tokens,
-        asked=asked,
+        asked=run.asked,
         resume_from=start,
-        sessions=tuple(sessions),
+        sessions=run.sessions,
         changed=changed,
         notes=tuple(_notes(out, start, changed, run, torch.device(train.device))),
     )
 
 
-def _changed(
-    out: Path, changes: Mapping[str, Any], model: GPTConfig, before: TrainConfig, asked: Mapping[str, Any]
-) -> TrainConfig:
+def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
     """The settings with those that were given anew. Raises UserError for one that would make it a different run."""
+    before, asked = run.train, run.asked
     for name, value in changes.items():
-        had = (asdict(model) | asdict(before)).get(name)
+        had = (asdict(run.model) | asdict(before)).get(name)
         same = atomic.to_home(value) if isinstance(value, str) else value
         if name not in FREE and same not in (had, asked.get(name, getattr(TrainConfig(), name, had))):
             raise UserError(
@@ -118,11 +148,11 @@ def _intact(tokens: Path) -> bool:
     return tokens.is_dir()
 
 
-def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Mapping[str, Any], where: torch.device) -> list[str]:
+def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, where: torch.device) -> list[str]:
     """What is different from the session before; most of it makes the run equal only up to rounding."""
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
     notes += [f"{name} changed from {old} to {new}" for name, (old, new) in changed.items()]
-    had, has = run.get("made_with"), provenance(where)
+    had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(where)
     for name in ("torch", "device"):
         if isinstance(had, dict) and had.get(name) != has[name]:
             notes.append(f"{name} was {had.get(name)} and is {has[name]}: the run goes on, but perhaps not bit for bit")

@@ -7,7 +7,6 @@ the data; all of it is in every checkpoint, so that a run that goes on is the ru
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,17 +58,18 @@ def train(
             last = step == plan.steps
             log, save, evaluate = (last or is_due(step, n) for n in (cadence.log_every, cadence.save_every, cadence.eval_every))
             show = sample and is_due(step, cadence.sample_every)
-            if not (log or save or evaluate or show or run.has_news or is_due(step, LOOK_EVERY)):
+            if not (log or save or evaluate or show or run.wants_a_look or is_due(step, LOOK_EVERY)):
                 continue
             measured = run.measure(log)
             if run.bad >= run.patience:
-                yield replace(measured, events=run.roll_back())
+                events = run.roll_back()
+                yield replace(measured, step=run.progress.step, events=events)
                 continue
-            saved = run.save() if (save or run.writer.retry_is_due()) and not run.bad else None
+            saved = run.save() if save or run.owes_a_save or run.writer.retry_is_due() else None
             if evaluate and run.val_tokens:
                 val_loss, bits, improved = run.evaluate()
                 measured = replace(measured, val_loss=val_loss, val_bits_per_byte=bits)
-                saved = saved or (run.save() if improved and not run.bad else None)
+                saved = saved or (run.save() if improved else None)
                 run.writer.evaluated(step, val_loss, bits)
             samples = sample(run.model) if sample and show else ()
             yield replace(measured, saved=saved, samples=samples, events=run.news())
@@ -99,7 +99,8 @@ class Run:
         self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())
         self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
         self._events: list[str] = []
-        self._suspects: set[Path] = set()  # checkpoints from which the run diverged again
+        self.owes_a_save = False  # one was due while updates were refused
+        self._last_error: OSError | None = None  # of a save
         self._go_to(plan.resume_from)
         self.saved_step = self.progress.step
         if plan.train.compile == "on":
@@ -112,11 +113,11 @@ class Run:
     def _check_folder(self) -> None:
         """Raises UserError where another process got to the folder between the plan and the lock."""
         out = self.plan.out
-        for folder in checkpoint.checkpoints(out):
-            if self.plan.resume_from and checkpoint.step_of(folder) > self.plan.first_step and checkpoint.is_whole(folder):
-                raise UserError(f"{out} has got to {folder.name} in the meantime: run it again")
         if self.plan.sessions is None and (out / "run.json").exists():
             raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}'")
+        for folder in checkpoint.checkpoints(out):
+            if checkpoint.step_of(folder) > self.plan.first_step and checkpoint.is_whole(folder):
+                raise UserError(f"{out} has got to {folder.name} in the meantime: run it again")
 
     def _go_to(self, folder: Path | None) -> None:
         """The state of a checkpoint, or of the very beginning."""
@@ -125,10 +126,14 @@ class Run:
         self._skipped = 0
         self._window_tokens, self._window_seconds = 0, 0.0  # of the steps since the last measure
         self._measured: StepMetrics | None = None
+        self._trained = False  # a step since it went here
         device.set_up(self.plan.train.seed, self.plan.train.deterministic)
         if folder:
             self.progress = checkpoint.restore(folder, self.model, self.optimizers, self.guard)
-            self.scaler.load_state_dict(self.progress.scaler)
+            try:
+                self.scaler.load_state_dict(self.progress.scaler)
+            except (RuntimeError, KeyError):
+                raise UserError(f"{folder} cannot be resumed from: it has no scale of fp16's gradients") from None
             known = [self.progress.best_loss, checkpoint.evaluation(folder).get("val_loss")]
             self.progress.best_loss = min((loss for loss in known if loss is not None), default=None)
             self.loader.position = self.progress.position
@@ -174,6 +179,7 @@ class Run:
             if device.is_out_of_memory(error):
                 raise UserError(self.plan.out_of_memory(self.progress.step + 1)) from None
             raise
+        self._trained = True
         self.progress.step += 1
         self.progress.position = self.loader.position
         self._window_tokens += config.tokens_per_step
@@ -244,23 +250,26 @@ class Run:
         UserError when that has been tried often enough."""
         facts = f"loss {float(self._loss):.4g}, gradient norm {float(self._grad_norm):.4g}, --lr {self._lr:.1e}"
         before, config = self.progress, self.plan.train
-        if before.rollbacks >= config.max_rollbacks:
-            again = f", or with --init-from {self.plan.out}" if checkpoint.checkpoints(self.plan.out) else ""
+        self.writer.wait()
+        done = [f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step]
+        whole = [f for f in done if checkpoint.is_whole(f) and not checkpoint.was_stopped(f)]
+        target = next((f for f in whole if checkpoint.step_of(f) not in before.suspects), None)
+        if before.rollbacks >= config.max_rollbacks or (whole and not target):
+            again = f", or with --init-from {self.plan.out}" if whole else ""
             raise UserError(
                 f"diverged at step {before.step}: {facts}, and after {before.rollbacks} rollbacks of {config.max_rollbacks} "
                 f"again; start a new run with a lower --lr{again}"
             )
-        self.writer.wait()
-        done = [f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step]
-        target = next((f for f in done if f not in self._suspects and checkpoint.is_whole(f)), None)
-        if target:
-            self._suspects.add(target)
         self._go_to(target)
         now = self.progress
+        now.suspects = [*before.suspects, now.step]
+        for folder in done:  # of the way that was given up, so that nobody resumes on it
+            if checkpoint.step_of(folder) > now.step:
+                atomic.remove_folder(folder)
         self.loader.position = now.position = before.position
         now.elapsed, now.rollbacks = before.elapsed, before.rollbacks + 1
-        self.saved_step = now.step
-        self.log.trim(self.progress.step, self.progress.log)
+        self.saved_step, self.owes_a_save = now.step, False
+        self.log.trim(now.step, now.log)
         message = f"diverged at step {before.step:,} ({facts}): back to step {now.step:,}, with other data"
         self._tell("rollback", message, rollbacks=now.rollbacks)
         return self.news()
@@ -270,28 +279,35 @@ class Run:
         self.log.add({"step": self.progress.step, "event": kind, "message": message, **facts})
 
     @property
-    def has_news(self) -> bool:
-        return self.writer.has_failed or self.writer.retry_is_due()
+    def wants_a_look(self) -> bool:
+        return self.owes_a_save or self.writer.has_failed or self.writer.retry_is_due()
 
     def news(self) -> list[str]:
         """What happened since this was asked before, a failed save included."""
         if failure := self.writer.failure():
+            self._last_error = failure
             stands = next((f"{f} stands" for f in checkpoint.checkpoints(self.plan.out)), "there is no checkpoint yet")
-            self._tell("save failed", f"could not save: {failure}; {stands}, and it will be tried again: free some space")
+            mend = ": free some space" if atomic.is_full(failure) else ""
+            self._tell("save failed", f"could not save: {failure}; {stands}, and it will be tried again{mend}")
         told, self._events = self._events, []
         return told
 
     # ==== saving ====
 
-    def save(self) -> Path | None:
-        """Copy the state and have it written in the background. None where the log already does not fit the disk."""
+    def save(self, at_the_end: bool = False) -> Path | None:
+        """Copy the state and have it written in the background. None where the log already does not fit the disk, and,
+        but for the end, while updates are refused: such a state may be bad itself, and waits for a good one."""
         started = time.perf_counter()
+        self.owes_a_save = self.bad > 0 and not at_the_end
+        if self.owes_a_save:
+            return None
         try:
             self.log.settle()
         except OSError as error:
             self.writer.fail(error)
             return None
         self.progress.scaler, self.progress.log = self.scaler.state_dict(), self.log.state()
+        self.progress.stopped = at_the_end and self.progress.step < self.plan.steps
         state = checkpoint.snapshot(self.progress, self.model, self.optimizers, self.guard, self.plan.encoding)
         folder = self.writer.save(state)
         self.saved_step = self.progress.step
@@ -300,18 +316,22 @@ class Run:
 
     def finish(self) -> Iterator[StepMetrics]:
         """Save what is not saved yet, and stay until it is on the disk. A full one is waited for, but not for ever."""
+        measured = self._measured
+        if self._trained and not (measured and measured.step == self.progress.step):
+            measured = self.measure(log=False)
         for _ in range(LAST_TRIES):
-            saved = self.save() if self.saved_step != self.progress.step or self.writer.retry_is_due() else None
+            unsaved = self.saved_step != self.progress.step or self.writer.needs_retry
+            saved = self.save(at_the_end=True) if unsaved else None
             self.writer.wait()
-            failed, news = self.writer.has_failed, self.news()
-            if saved or news:
-                fresh = self._measured and self._measured.step == self.progress.step
-                measured = self._measured if self._measured and fresh else self.measure(log=False)
-                yield replace(measured, saved=None if failed else saved, events=news)
-            if not failed:
+            news = self.news()
+            if measured and (saved or news):
+                yield replace(measured, saved=None if self.writer.needs_retry else saved, events=news)
+            if not self.writer.needs_retry:
                 return
+            if self._last_error and not atomic.is_full(self._last_error):
+                break
             self.writer.wait_for_retry()
-        raise OSError(errno.ENOSPC, f"step {self.progress.step} could not be saved")
+        raise self._last_error or OSError(f"step {self.progress.step} could not be saved")
 
     def close(self) -> None:
         self.writer.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from gpt2cli import checkpoint
+from gpt2cli import atomic, checkpoint
 from gpt2cli.errors import UserError
 from gpt2cli.plan import Plan
 from gpt2cli.resume import resume_plan
@@ -33,7 +36,7 @@ def verify_resume(plan: Plan) -> Verdict:
     if steps < 2:
         raise UserError(f"{steps} steps are left: two or more are needed to compare them with halves; give more --steps")
     plan.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=plan.out.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=plan.out.parent) as folder, _named_as(plan.out, folder):
         quiet = replace(plan.train, log_every=1, eval_every=0, save_every=0)
         whole, halves = (replace(plan, out=Path(folder) / name, train=quiet) for name in ("whole", "halves"))
         last = plan.first_step + steps
@@ -46,6 +49,15 @@ def verify_resume(plan: Plan) -> Verdict:
     return Verdict(steps, len(names), tuple(different), max((float((a - b).abs().max()) for a, b in both), default=0.0))
 
 
+@contextlib.contextmanager
+def _named_as(out: Path, folder: str) -> Iterator[None]:
+    """An error that names a run in the temporary folder names the user's instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(re.escape(folder) + r".(whole|halves)", lambda match: str(out), str(error))) from None
+
+
 def _train_to(plan: Plan, step: int) -> Path:
     """The checkpoint of this step, trained to."""
     done = [plan.first_step]
@@ -55,7 +67,11 @@ def _train_to(plan: Plan, step: int) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")
+    """Weights, optimizer state, generators, and the numbers of `training.json` that are not about time."""
+    progress = atomic.read_json(folder / "training.json")
+    numbers = [float(progress[name] or 0) for name in ("step", "position", "best_loss", "rollbacks")]
+    tensors = load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")
+    return tensors | {"progress": torch.tensor(numbers, dtype=torch.float64)}
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -9,8 +10,6 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import torch
 
 from gpt2cli import atomic, checkpoint, metrics
 
@@ -20,9 +19,9 @@ RETRY_SECONDS = 30.0  # after a save that failed
 def _step_back() -> None:
     """Let the calling thread have little more than training leaves of the processor: on two cores a save of 124M then costs
     a second of training, spread over half a minute, instead of four at once. Other systems than Linux have no such dial."""
-    torch.set_num_threads(1)  # of this thread
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with contextlib.suppress(OSError):  # one who is further back already may not come forward
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Writer:
@@ -46,7 +45,7 @@ class Writer:
 
     def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
         """Goes with the checkpoint of this step, if there is one or will be."""
-        self._evaluations = {step: (val_loss, val_bits_per_byte)}
+        self._evaluations[step] = val_loss, val_bits_per_byte
         self._jobs.append(self._pool.submit(self._evaluated, step))
 
     def wait(self) -> None:
@@ -68,6 +67,10 @@ class Writer:
         failures, self._failures = self._failures, []
         return failures[-1] if failures else None
 
+    @property
+    def needs_retry(self) -> bool:
+        return self._retry_at < math.inf
+
     def retry_is_due(self) -> bool:
         return time.monotonic() >= self._retry_at
 
@@ -77,6 +80,7 @@ class Writer:
 
     def close(self) -> None:
         self._pool.shutdown()
+        self.wait()
 
     def _save(self, state: checkpoint.Snapshot) -> None:
         step = state.progress.step
@@ -87,12 +91,14 @@ class Writer:
             self.fail(error)
             return
         self._evaluated(step)
-        checkpoint.prune(self.run, step)
+        with contextlib.suppress(OSError):  # then there is one too many
+            checkpoint.prune(self.run, step)
 
     def _evaluated(self, step: int) -> None:
         folder, values = checkpoint.folder_of(self.run, step), self._evaluations.get(step)
         try:
             if values and folder.is_dir():
                 checkpoint.write_evaluation(folder, *values)
+                self._evaluations.pop(step, None)
         except OSError as error:
             self.fail(error)

@@ -71,7 +71,7 @@ def outcome(run: Path) -> dict[str, Any]:
     """All that two equal runs have in common: the bytes of the last checkpoint, and the log without its times."""
     last = checkpoint.checkpoints(run)[0]
     files = {p.name: p.read_bytes() for p in sorted(last.iterdir()) if p.name not in ("training.json", "checkpoint.json")}
-    progress = {k: v for k, v in atomic.read_json(last / "training.json").items() if k not in ("elapsed", "log")}
+    progress = {k: v for k, v in atomic.read_json(last / "training.json").items() if k not in ("elapsed", "log", "stopped")}
     # A save that was tried again comes after its step's evaluation instead of before it.
     losses = progress.pop("best_loss"), checkpoint.evaluation(last).get("val_loss")
     progress["best_loss"] = min((loss for loss in losses if loss is not None), default=None)

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "checkpoint": ["atomic", "config", "formats", "guard", "model", "tokenizer"],
     "writer": ["atomic", "checkpoint", "metrics"],
     "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "shards", "tokenizer"],
-    "resume": ["atomic", "checkpoint", "config", "corpus", "device", "metrics", "plan", "shards", "tokenizer"],
+    "resume": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "metrics", "plan", "shards", "tokenizer"],
     "step": ["guard", "model"],
     "train": [
         "atomic",
@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "step",
         "writer",
     ],
-    "verify": ["checkpoint", "plan", "resume", "train"],
+    "verify": ["atomic", "checkpoint", "plan", "resume", "train"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
     "bench": ["config", "device", "generate", "model", "optim", "step"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gpt2cli import __version__
+from gpt2cli.atomic import is_full
 from gpt2cli.commands import bench, convert, sample, tokenize, train
 from gpt2cli.errors import UserError
 
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return complain("out of memory: try a smaller --batch-size, --seq-len or model")
     except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+        if is_full(error):
             return complain(f"the disk is full ({error}): free some space and run it again; what was there before is whole")
         return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     return 0

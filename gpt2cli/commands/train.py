@@ -212,7 +212,8 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) 
     print(plan.out)
     step = last.step if last else plan.first_step
     if step < plan.steps:
-        console.note(f"stopped after step {step:,}, which is saved; continue with: gpt2 train --resume --out {plan.out}")
+        done = f"after step {step:,}, which is saved" if step else "before the first step"
+        console.note(f"stopped {done}; continue with: gpt2 train --resume --out {plan.out}")
         raise typer.Exit(128 + stop.number)
     if last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")

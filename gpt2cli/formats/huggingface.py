@@ -9,6 +9,7 @@ lm_head.weight                           lm_head.weight        only where it is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -168,6 +169,11 @@ def weight_files(folder: Path) -> list[Path]:
             return [path]
         return [_shard(folder, name) for name in shard_names(path)]
     raise UserError(f"{folder} has no weights: expected {' or '.join(_WEIGHTS)}")
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash for all weight files of a folder."""
+    return hashlib.sha256("".join(atomic.sha256(path) for path in weight_files(folder)).encode()).hexdigest()
 
 
 def shard_names(index: Path) -> list[str]:
