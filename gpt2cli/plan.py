@@ -90,8 +90,12 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes of the checkpoints that exist at the same time: two newest, the best, and the one being written."""
-        return (checkpoint.KEEP + 2) * 12 * self.model.num_parameters()
+        """Bytes of the checkpoints that exist at the same time: two newest, one of a stop, the best, and one being written."""
+        return (checkpoint.KEEP + 3) * self.checkpoint_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 12 * self.model.num_parameters()
 
     def out_of_memory(self, step: int) -> str:
         """What to say when a step did not fit, with settings that will."""
@@ -324,10 +328,10 @@ def _check_room(plan: Plan) -> list[str]:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    if free < plan.disk // (checkpoint.KEEP + 2):
+    if free < plan.checkpoint_bytes:
         raise UserError(
             f"the disk of {plan.out} has {free / 1e9:.1f} GB free, but one checkpoint needs "
-            f"{plan.disk / (checkpoint.KEEP + 2) / 1e9:.1f} GB: give --out on another disk"
+            f"{plan.checkpoint_bytes / 1e9:.1f} GB: give --out on another disk"
         )
     if free < plan.disk:
         notes.append(f"the disk has {free / 1e9:.1f} GB free, but the checkpoints may need {plan.disk / 1e9:.1f} GB")

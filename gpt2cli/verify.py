@@ -31,12 +31,12 @@ class Verdict:
 
 def verify_resume(plan: Plan) -> Verdict:
     """Train the next few steps of a plan in one go, and again in two halves with a resume between them, in a temporary
-    folder beside its `out`; compare everything a run goes on from. Raises UserError where fewer than two steps are left."""
+    folder near its `out`; compare everything a run goes on from. Raises UserError where fewer than two steps are left."""
     steps = min(STEPS, plan.steps - plan.first_step)
     if steps < 2:
         raise UserError(f"{steps} steps are left: two or more are needed to compare them with halves; give more --steps")
-    plan.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=plan.out.parent) as folder, _named_as(plan.out, folder):
+    there = next(parent for parent in plan.out.absolute().parents if parent.exists())  # on the disk of the run
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=there) as folder, _named_as(plan.out, folder):
         quiet = replace(plan.train, log_every=1, eval_every=0, save_every=0)
         whole, halves = (replace(plan, out=Path(folder) / name, train=quiet) for name in ("whole", "halves"))
         last = plan.first_step + steps

@@ -94,13 +94,14 @@ class Bars:
 def show_plan(plan: Plan, machine: str, rate: float) -> None:
     """What a run will do. `rate` is the device's measured FLOP/s."""
     model, train = plan.model, plan.train
-    expected = plan.steps * plan.flops / (0.5 * rate)
+    expected = (plan.steps - plan.first_step) * plan.flops / (0.5 * rate)
     rows = [
         ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size:,}: "
                   f"{model.num_parameters():,} parameters" + (f", from {plan.init_from}" if plan.init_from else "")),
         ("data", f"{plan.data}: {plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"),
         ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
-                  f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"),
+                  f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"
+                  + (f"; {plan.first_step:,} are done" if plan.first_step else "")),
         ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
         ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),
