@@ -250,7 +250,7 @@ class Run:
         UserError when that has been tried often enough."""
         facts = f"loss {float(self._loss):.4g}, gradient norm {float(self._grad_norm):.4g}, --lr {self._lr:.1e}"
         before, config = self.progress, self.plan.train
-        self.writer.wait()
+        self.writer.forget_evaluations()
         done = [f for f in checkpoint.checkpoints(self.plan.out) if checkpoint.step_of(f) <= before.step]
         whole = [f for f in done if checkpoint.is_whole(f) and not checkpoint.was_stopped(f)]
         target = next((f for f in whole if checkpoint.step_of(f) not in before.suspects), None)

@@ -46,7 +46,12 @@ class Writer:
     def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
         """Goes with the checkpoint of this step, if there is one or will be."""
         self._evaluations[step] = val_loss, val_bits_per_byte
-        self._jobs.append(self._pool.submit(self._evaluated, step))
+        self._jobs.append(self._pool.submit(self._write_evaluations))
+
+    def forget_evaluations(self) -> None:
+        """After a rollback: of steps that were not saved, and will be done again."""
+        self.wait()
+        self._evaluations.clear()
 
     def wait(self) -> None:
         """Until everything is on the disk, or has failed. Raises what is a bug rather than a bad disk."""
@@ -83,22 +88,22 @@ class Writer:
         self.wait()
 
     def _save(self, state: checkpoint.Snapshot) -> None:
-        step = state.progress.step
         try:
             atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
             checkpoint.write(self.run, state)
         except OSError as error:
             self.fail(error)
             return
-        self._evaluated(step)
+        self._write_evaluations()
         with contextlib.suppress(OSError):  # then there is one too many
-            checkpoint.prune(self.run, step)
+            checkpoint.prune(self.run, state.progress.step)
 
-    def _evaluated(self, step: int) -> None:
-        folder, values = checkpoint.folder_of(self.run, step), self._evaluations.get(step)
-        try:
-            if values and folder.is_dir():
-                checkpoint.write_evaluation(folder, *values)
-                self._evaluations.pop(step, None)
-        except OSError as error:
-            self.fail(error)
+    def _write_evaluations(self) -> None:
+        for step, values in list(self._evaluations.items()):
+            folder = checkpoint.folder_of(self.run, step)
+            try:
+                if folder.is_dir():
+                    checkpoint.write_evaluation(folder, *values)
+                    self._evaluations.pop(step, None)
+            except OSError as error:
+                self.fail(error)

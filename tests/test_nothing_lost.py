@@ -397,6 +397,20 @@ def test_evaluations_that_come_faster_than_saves_find_their_checkpoints(text_fil
     assert checkpoint.best(Path("run")).name == "step-000002"
 
 
+def test_an_evaluation_that_found_the_disk_full_is_written_with_the_next_save(text_file, monkeypatch):
+    write, failed = checkpoint.write_evaluation, []
+
+    def fails_once(folder, *values):
+        if not failed:
+            failed.append(folder.name)
+            raise OSError(28, "No space left on device")
+        write(folder, *values)
+
+    monkeypatch.setattr(checkpoint, "write_evaluation", fails_once)
+    list(train(new_plan(text_file, "run")))
+    assert failed == ["step-000005"] and checkpoint.evaluation(Path("run/step-000005"))["val_loss"] > 0
+
+
 def test_a_save_that_failed_while_the_run_was_stopped_is_followed_by_one_that_stands(text_file, monkeypatch):
     write, failed = checkpoint.write, []
 
