@@ -228,14 +228,12 @@ class Run:
     def catch_up(self) -> Iterator[StepMetrics]:
         """After a resume: the evaluation that was due at the checkpoint's step, where it was not finished any more."""
         step, config = self.progress.step, self.plan.train
-        if not (self.val_tokens and step and (step == self.plan.steps or is_due(step, config.eval_every))):
-            return
         known = checkpoint.evaluation(checkpoint.folder_of(self.plan.out, step))
         lines = [line for line in metrics.read(self.plan.out) if line["step"] == step]
         logged = any("val_loss" in line for line in lines)
-        if known:
-            if not logged:
-                self.log.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
+        if known and not logged:
+            self.log.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
+        if known or not (self.val_tokens and step and (step == self.plan.steps or is_due(step, config.eval_every))):
             return
         val_loss, bits, _ = self.evaluate(log=not logged)
         self.writer.evaluated(step, val_loss, bits)

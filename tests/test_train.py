@@ -208,6 +208,7 @@ def test_resuming_refuses_other_data_and_another_shape_and_takes_more_steps(text
     longer = resume_plan(Path("run"), {"steps": 4})
     assert any("from 2 to 4" in note for note in longer.notes)
     assert [m.step for m in train(longer)] == [3, 4]
+    assert [line["step"] for line in read_metrics(Path("run")) if "val_loss" in line] == [2, 4]
 
 
 def test_shards_of_another_tokenizer_and_a_model_with_more_ids_than_its_tokenizer(text_file):
