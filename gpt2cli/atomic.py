@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,36 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
-            flush(path)
-        flush(temporary)
         if replace and target.exists():
             target.rename(aside)
-        temporary.rename(target)
-        flush(target.parent)
+        install(temporary, target)
     except BaseException:
         if aside.exists() and not target.exists():
             aside.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def workplace(target: Path, on_wait: Callable[[], None]) -> Iterator[Path]:
+    """A hidden sibling to make `target` in, held by this process alone; `on_wait` is called where another one has it. What
+    an interrupted process left is still in it. It is removed when `target` is there at the end."""
+    place = target.parent / f".{target.name}.partial"
+    place.mkdir(parents=True, exist_ok=True)
+    with lock(place, on_wait):
+        yield place
+    if target.exists():
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def install(folder: Path, target: Path) -> None:
+    """Flush a folder that is whole to the disk and put it in its place."""
+    for path in folder.iterdir():
+        flush(path)
+    flush(folder)
+    folder.rename(target)
+    flush(target.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -189,16 +207,24 @@ def check_seal(folder: Path, names: set[str] | None = None) -> dict[str, Any] | 
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold an existing folder for this process. The system lets go of it when the process ends, however it ends.
 
-    Raises UserError where another process holds it. A file system that knows no locks is trusted.
+    Where another process holds it: raises UserError, or, with `on_wait`, calls that and waits. A file system that knows no
+    locks is trusted.
     """
     with (folder / ".lock").open("a+b", buffering=0) as file:
-        try:
-            _hold(file)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+        while True:
+            try:
+                _hold(file)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                    break
+                if on_wait:
+                    on_wait()
+                    time.sleep(0.5)
+                    continue
                 with contextlib.suppress(OSError, ValueError):
                     file.seek(0)
                     raise UserError(f"{folder} is in use by another gpt2 process (number {int(file.read())})") from None

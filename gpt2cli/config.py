@@ -96,6 +96,8 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
     "attention": ("auto", "flash", "cudnn", "efficient", "math"),
     "errors": ("strict", "replace"),
+    "split": ("auto", "hashed", "tail"),
+    "format": ("auto", "text", "jsonl", "parquet"),
 }
 
 
@@ -133,9 +135,12 @@ class TrainConfig:
     sample_every: int = 0
     eval_tokens: int = 16384  # validation tokens an evaluation looks at, spread evenly; 0 means all
     # data
-    val_fraction: float = 0.05  # of a text, at its end
+    val_fraction: float = 0.05  # of a text
     plain: bool = False  # <|endoftext|> in a text is ordinary text
     errors: str = "strict"  # of bytes that are not UTF-8: strict, or replace with U+FFFD
+    split: str = "auto"  # what is held out: hashed documents, the tail of the text, or what suits it
+    format: str = "auto"  # of the text: text, jsonl or parquet; by default the file's name tells
+    field: str = "text"  # of a JSON or parquet record
     seed: int = 1337
     # safety
     spike: float = 8.0  # standard deviations above the last updates' mean that make a loss or gradient norm bad; 0: none do

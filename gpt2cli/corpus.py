@@ -1,68 +1,34 @@
-"""Text to token shards: files -> pieces -> ids, in parallel and in bounded memory, equal to tiktoken on the whole text.
+"""Text to token shards: in parallel, in bounded memory, equal to tiktoken on the whole text, and going on where it stopped.
 
-A text may be cut between a non-space and a space, or between a letter and a following mark or digit, because GPT-2's
-pre-tokenizer always cuts there too. The last `val_fraction` of the bytes is held out for validation.
+The text is read twice. First to hash it, to check it and to see where the validation split falls; then to encode it.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
+import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
-
-from gpt2cli import __version__, atomic
+from gpt2cli import __version__, atomic, documents, encode
+from gpt2cli.documents import Text
+from gpt2cli.encode import Encoder
 from gpt2cli.errors import UserError
+from gpt2cli.pieces import Piece, Place, cut_up, split_tail
 from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
-from gpt2cli.tokenizer import END_OF_TEXT, Encoding
+from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
+from gpt2cli.tokenizer import Encoding
 
-EMBEDDED = Path("shakespeare.txt.gz")  # in the package's assets; shown to people by this name
-BLOCK = 1 << 20  # bytes read at once
 PARALLEL_FROM = 16 << 20  # below this many bytes starting workers costs more than it saves
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".md")
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-# Left of the cut a character that no version of Unicode calls a space, right of it one that every version does.
-_BEFORE_SPACE = re.compile(r"[^\s](?=[ \n\t\r])")
-# Left a letter, right a mark that every version of Unicode calls neither letter, number nor space.
-_AFTER_LETTER = re.compile(r"[^\W\d_](?=[!-/:-@\[-`{-~、。，！？：；「」『』（）…—])")
-
-
-@dataclass(frozen=True)
-class Source:
-    path: str  # as given
-    bytes: int
-    sha256: str  # of the text, unpacked
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What decides the tokens of a text, beside the text and the vocabulary."""
-
-    val_fraction: float = 0.05
-    plain: bool = False  # <|endoftext|> in the text is ordinary text
-    errors: str = "strict"  # of bytes that are not UTF-8: strict, or replace with U+FFFD
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.val_fraction < 1.0:
-            raise UserError(f"--val-fraction must be at least 0 and below 1, but is {self.val_fraction}")
-        if self.errors not in ("strict", "replace"):
-            raise UserError(f"--errors is {self.errors!r}, but must be strict or replace")
+FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
+SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +37,13 @@ class Manifest:
 
     format: str
     gpt2cli: str
+    key: str  # sha256 of everything that decides the rest
     sources: list[Source]
     policy: Policy
+    split: str  # hashed or tail
     tokenizer_sha256: str
+    vocab_size: int
+    encoder: str  # that made the ids, and why this one
     train_tokens: int
     val_tokens: int
     train_bytes: int
@@ -82,83 +52,68 @@ class Manifest:
     shards: dict[str, str]  # name -> sha256
 
 
+@dataclass
+class State:
+    """How far the work is: with the shards cut to these lengths it can go on. Pairs are of the two splits."""
+
+    key: str  # see `Job.key`
+    place: Place = field(default_factory=Place)
+    bytes: int = 0  # of the text
+    documents: int = 0
+    split_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+
 def tokenize(
     inputs: Sequence[Path],
     out: Path,
     *,
     encoding: Encoding,
     policy: Policy = Policy(),
+    train_vocab: int | None = None,
+    layout: str = "llmc",
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Write the shards and manifest of `inputs` (files, or folders of text files) to the new folder `out`.
 
-    The result is the same for any number of workers. If `out` already holds just this, it is left as it is.
-    Raises UserError for unreadable, empty or binary input, text that is not UTF-8, and an `out` that holds other things.
+    The result is the same for any number of workers, and for work that was interrupted and called again. If `out` already
+    holds just this, it is left as it is. With `train_vocab` a vocabulary of that many ids is trained on the training split
+    and written beside the shards, in place of `encoding`. `layout` is `llmc`, or `nanogpt` for its train.bin and val.bin
+    without a header.
+
+    Raises UserError for unreadable, empty or binary input, text that is not UTF-8, too small a disk, and an `out` that
+    holds other things.
     """
-    if encoding.n_vocab > 1 << 16:
-        raise UserError(f"shards hold 16-bit ids, but the vocabulary has {encoding.n_vocab:,}")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens must be at least 1, but is {shard_tokens}")
-    sources = [scan(path) for path in find_texts(inputs)]
-    if out.exists():
-        done = _finished(out, sources, policy, encoding)
-        if done is None:
+    if layout not in ("llmc", "nanogpt"):
+        raise UserError(f"--to is {layout!r}, but must be llmc or nanogpt")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, but is {workers}")
+    with prepare(inputs, out, encoding, policy, train_vocab, progress) as job:
+        job.layout, job.shard_tokens = layout, shard_tokens
+        if out.exists() and not finished(out, job.key):
             raise UserError(f"{out} already exists and holds something else: give another folder with --out")
-        return done
-    total = sum(source.bytes for source in sources)
-    val_starts = total - int(total * policy.val_fraction) if policy.val_fraction else sys.maxsize
-    counts = {"documents": 0, "train": 0, "val": 0}
-    with atomic.new_folder(out) as folder:
-        writers = {split: ShardWriter(folder, split, shard_tokens) for split in ("train", "val")}
-        done_bytes = 0
-        pieces = _split_at(_pieces(sources, policy), val_starts)
-        for piece, ids in _encode_all(pieces, encoding, _workers(workers, total)):
-            split = "val" if piece.in_tail else "train"
-            if piece.starts_document:
-                writers[split].write(np.array([encoding.eot]))
-                counts["documents"] += not piece.continues
-            writers[split].write(ids)
-            counts[split] += piece.bytes
-            done_bytes += piece.bytes
-            progress(done_bytes, total)
-        for writer in writers.values():
-            writer.close()
-        manifest = Manifest(
-            format="llm.c uint16",
-            gpt2cli=__version__,
-            sources=sources,
-            policy=policy,
-            tokenizer_sha256=encoding.sha256,
-            train_tokens=writers["train"].tokens,
-            val_tokens=writers["val"].tokens,
-            train_bytes=counts["train"],
-            val_bytes=counts["val"],
-            documents=counts["documents"],
-            shards={path.name: atomic.sha256(path) for writer in writers.values() for path in writer.shards},
-        )
-        atomic.write_sealed(folder / "manifest.json", asdict(manifest))
-    return manifest
+        return job.run(out, workers)
 
 
-def cached(inputs: Sequence[Path], cache: Path, *, encoding: Encoding, policy: Policy, progress: Progress) -> Path:
+def cached(
+    inputs: Sequence[Path],
+    cache: Path,
+    *,
+    encoding: Encoding,
+    policy: Policy,
+    train_vocab: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Path:
     """The folder under `cache` with the tokens of `inputs`, made when it is not there; named by what decides them."""
-    texts = [scan(path).sha256 for path in find_texts(inputs)]
-    key = json.dumps([texts, asdict(policy), encoding.sha256, __version__])
-    folder = cache / "tokens" / hashlib.sha256(key.encode()).hexdigest()
-    try:
-        check(folder)
-        intact = (folder / "manifest.json").is_file()
-    except UserError:
-        intact = False
-    if not intact:
-        shutil.rmtree(folder, ignore_errors=True)  # it is only a cache: made anew
-        try:
-            tokenize(inputs, folder, encoding=encoding, policy=policy, progress=progress)
-        except OSError:
-            if not (folder / "manifest.json").is_file():  # else another process was quicker
-                raise
+    with prepare(inputs, cache / "tokens" / "any", encoding, policy, train_vocab, progress) as job:
+        folder = cache / "tokens" / job.key
+        if not finished(folder, job.key):
+            shutil.rmtree(folder, ignore_errors=True)  # damaged; it is only a cache
+            job.run(folder)
     return folder
 
 
@@ -166,184 +121,163 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2cli"
 
 
-def _finished(out: Path, sources: list[Source], policy: Policy, encoding: Encoding) -> Manifest | None:
-    if not (out / "manifest.json").is_file():
-        return None
+def finished(out: Path, key: str) -> Manifest | None:
+    """The manifest of a folder that holds just what `key` stands for, whole."""
     try:
         check(out)
         data = atomic.read_sealed(out / "manifest.json")
-        done = Manifest(**data | {"sources": [Source(**s) for s in data["sources"]], "policy": Policy(**data["policy"])})
+        if data["key"] != key:
+            return None
+        return Manifest(**data | {"sources": [Source(**s) for s in data["sources"]], "policy": Policy(**data["policy"])})
     except (UserError, TypeError, KeyError):
         return None
-    same_text = [s.sha256 for s in done.sources] == [s.sha256 for s in sources]
-    return done if same_text and (done.policy, done.tokenizer_sha256) == (policy, encoding.sha256) else None
 
 
-# ==== finding and reading text ====
+@contextlib.contextmanager
+def prepare(
+    inputs: Sequence[Path], out: Path, encoding: Encoding, policy: Policy, train_vocab: int | None, progress: Progress
+) -> Iterator[Job]:
+    with documents.opened(inputs, policy.format, policy.field, out.absolute().parent) as texts:
+        yield Job(texts, survey(texts, policy, progress), policy, encoding, train_vocab, progress)
 
 
-def find_texts(inputs: Sequence[Path]) -> list[Path]:
-    """Files named, and the text files below folders named, in natural order (part2 before part10)."""
-    found: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            below = [p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file()]
-            if not below:
-                raise UserError(f"{path} holds no text: expected files ending in {', '.join(TEXT_SUFFIXES)}")
-            found += sorted(below, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(p))])
-        elif path.is_file() or path == EMBEDDED:
-            found.append(path)
-        else:
-            raise UserError(f"{path} does not exist; expected a text file or a folder of them")
-    return found
+@dataclass
+class Job:
+    """Texts that are to be tokenized."""
 
+    texts: Sequence[Text]
+    seen: Survey
+    policy: Policy
+    encoding: Encoding
+    train_vocab: int | None
+    progress: Progress
+    layout: str = "llmc"
+    shard_tokens: int = SHARD_TOKENS
 
-def _open(path: Path) -> BinaryIO:
-    if path == EMBEDDED and not path.exists():
-        path = Path(__file__).parent / "assets" / EMBEDDED
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    @property
+    def key(self) -> str:
+        """sha256 of everything that decides the result."""
+        texts = [source.sha256 for source in self.seen.sources]
+        vocabulary = self.train_vocab or self.encoding.sha256
+        decides = [texts, asdict(self.policy), vocabulary, self.layout, self.shard_tokens, __version__]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
+    def run(self, out: Path, workers: int | None = None) -> Manifest:
+        """Make `out`, going on where an interrupted run stopped; or find that another process has made it meanwhile."""
+        waiting = partial(self.progress, "waiting for another gpt2 process that makes the same", 0, 0)
+        with atomic.workplace(out, waiting) as work:
+            if done := finished(out, self.key):
+                return done
+            folder = work / "tokens"
+            state = self._state_before(work, folder)
+            if self.train_vocab:
+                self.encoding = self._own_vocabulary(folder)
+            elif self.encoding.sha256 != Encoding.gpt2().sha256:
+                self.encoding.save(folder)
+            if self.encoding.n_vocab > 1 << 16:
+                raise UserError(f"shards hold 16-bit ids, but the vocabulary has {self.encoding.n_vocab:,}")
+            sample = self.seen.sample if self.seen.size >= FAST_FROM else []
+            chosen = encode.choose(self.encoding, self.policy.errors, sample)
+            self._check_room(out, chosen.tokens / sum(map(len, sample)) if sample else 1.0, state)
+            writers = self._encode(state, work, folder, chosen.encoder, workers)
+            manifest = self._manifest(state, writers, chosen.name)
+            atomic.write_sealed(folder / "manifest.json", asdict(manifest))
+            atomic.install(folder, out)
+        return manifest
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    try:
-        with _open(path) as file:
-            while block := file.read(BLOCK):
-                yield block
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file: {error}") from None
-
-
-def scan(path: Path) -> Source:
-    """Hash a text file. Raises UserError for an empty one and for one that is plainly binary."""
-    digest, size = hashlib.sha256(), 0
-    for block in _blocks(path):
-        if size == 0 and b"\0" in block[:65536]:
-            raise UserError(f"{path} is not text: it has a zero byte at offset {block.index(0)}; expected UTF-8 text")
-        digest.update(block)
-        size += len(block)
-    if size == 0:
-        raise UserError(f"{path} is empty; expected UTF-8 text")
-    return Source(str(path), size, digest.hexdigest())
-
-
-def _texts(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file in blocks. Raises UserError with the offset of a byte that is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
-    offset = 0  # of the next block
-    blocks = _blocks(path)
-    block: bytes | None = b""
-    while block is not None:
-        block = next(blocks, None)
-        kept = len(decoder.getstate()[0])  # bytes of a character begun in the block before
+    def _encode(self, state: State, work: Path, folder: Path, encoder: Encoder, workers: int | None) -> list[ShardWriter]:
+        headers = self.layout == "llmc"
+        room = self.shard_tokens if headers else sys.maxsize
+        writers = [
+            ShardWriter(folder, split, room, headers=headers, tokens=state.tokens[n])
+            for n, split in enumerate(("train", "val"))
+        ]
+        saved = time.monotonic()
+        count = workers or (os.cpu_count() or 1 if self.seen.size - state.bytes >= PARALLEL_FROM else 1)
+        pieces = self._pieces(state)
         try:
-            yield decoder.decode(block or b"", final=block is None)
-        except UnicodeDecodeError as error:
+            for batch, ids in encode.encode_all(encode.batches(pieces), encoder, count):
+                for piece, held_out in batch:
+                    state.bytes += piece.bytes
+                    state.split_bytes[held_out] += piece.bytes
+                    state.documents += piece.starts and not piece.continues
+                for n, writer in enumerate(writers):
+                    writer.write(ids[n])
+                    state.tokens[n] = writer.tokens
+                self.progress("tokenizing", state.bytes, self.seen.size)
+                if (place := batch[-1][0].after) and time.monotonic() - saved > SAVE_SECONDS:
+                    state.place, saved = place, time.monotonic()
+                    for writer in writers:
+                        writer.flush()
+                    atomic.write_sealed(work / "state.json", asdict(state))
+        except UnicodeDecodeError:
+            state.bytes = -1
+        if state.bytes != self.seen.size:
+            raise UserError("the text changed while it was read: run it again")
+        for writer in writers:
+            writer.close()
+        return writers
+
+    def _pieces(self, state: State) -> Iterator[tuple[Piece, bool]]:
+        """What is left, each with whether it is held out."""
+        settle = partial(encode.settle, encoding=self.encoding)
+
+        def all_texts() -> Iterator[Piece]:
+            for n, text in enumerate(self.texts):
+                if n >= state.place.source:
+                    start = state.place if n == state.place.source else Place(n)
+                    chunks = documents.read(text, self.policy.errors, start.offset)
+                    yield from cut_up(chunks, plain=self.policy.plain, inside=text.kind == "text", start=start, settle=settle)
+
+        fraction = self.policy.val_fraction
+        if choose_split(self.policy, self.seen) == "hashed":
+            return ((piece, piece.key < fraction) for piece in all_texts())
+        target = self.seen.size - int(self.seen.size * fraction) if fraction else sys.maxsize
+        return split_tail(all_texts(), target, state.bytes, in_tail=state.tokens[1] > 0)
+
+    def _state_before(self, work: Path, folder: Path) -> State:
+        """That of an interrupted run of the same job; otherwise an empty folder and a new one."""
+        try:
+            state = State(**atomic.read_sealed(work / "state.json", required=True))
+            state.place = Place(**state.place)  # type: ignore[arg-type]
+            if state.key == self.key and folder.is_dir():
+                return state
+        except (UserError, TypeError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return State(self.key)
+
+    def _own_vocabulary(self, folder: Path) -> Encoding:
+        if (folder / "tokenizer.json").is_file() and (known := Encoding.from_folder(folder)):
+            return known
+        raise NotImplementedError
+
+    def _check_room(self, out: Path, tokens_per_byte: float, state: State) -> None:
+        """Raises UserError where the disk is too small for the shards, as guessed from a sample."""
+        need = int(1.05 * 2 * tokens_per_byte * self.seen.size) - 2 * sum(state.tokens)
+        free = shutil.disk_usage(out.absolute().parent).free
+        if need > free:
             raise UserError(
-                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset - kept + error.start}; "
-                "convert it (iconv -t UTF-8), or pass --errors replace"
-            ) from None
-        offset += len(block or b"")
+                f"the shards need about {need / 1e9:,.2f} GB, but the disk of {out} has {free / 1e9:,.2f} GB free: "
+                "give another folder with --out, or free some space"
+            )
 
-
-# ==== cutting it into pieces ====
-
-
-@dataclass(frozen=True)
-class Piece:
-    text: str
-    bytes: int  # of the text, and of a separator before it
-    starts_document: bool
-    in_tail: bool = False  # held out for validation
-    continues: bool = False  # its document began before the tail
-
-
-def _pieces(sources: Sequence[Source], policy: Policy) -> Iterator[Piece]:
-    for source in sources:
-        starts, owed = True, 0  # a new document begins here; bytes of separators not yet counted
-        rest = ""
-        for text in _texts(Path(source.path), policy.errors):
-            documents = [rest + text] if policy.plain else (rest + text).split(END_OF_TEXT)
-            for document in documents[:-1]:
-                if document:
-                    yield Piece(document, len(document.encode()) + owed, starts)
-                    owed = 0
-                starts, owed = True, owed + len(END_OF_TEXT)
-            cut = find_cut(documents[-1])
-            if cut:
-                yield Piece(documents[-1][:cut], len(documents[-1][:cut].encode()) + owed, starts)
-                starts, owed = False, 0
-            rest = documents[-1][cut:]
-        if rest:
-            yield Piece(rest, len(rest.encode()) + owed, starts)
-
-
-def find_cut(text: str) -> int:
-    """The last place where `text` may be cut whatever follows it, 0 where there is none. It stays clear of the end,
-    where a separator may have begun."""
-    end = len(text) - len(END_OF_TEXT)
-    for pattern in (_BEFORE_SPACE, _AFTER_LETTER):
-        # Look at the last few thousand characters first: in most texts the last space is near.
-        for start in (max(0, end - 4096), 0):
-            last = deque(pattern.finditer(text, start, max(end, 0)), maxlen=1)
-            if last:
-                return last[0].end()
-    return 0
-
-
-def _split_at(pieces: Iterator[Piece], target: int) -> Iterator[Piece]:
-    """Cut the stream at the first place allowed at or after byte `target`; what follows is the tail."""
-    at, in_tail = 0, False
-    for piece in pieces:
-        first = in_tail is False and at >= target
-        if first:
-            in_tail = True
-        elif not in_tail and at + piece.bytes > target:
-            head = len(piece.text.encode()[: target - at].decode(errors="ignore"))
-            cut = _BEFORE_SPACE.search(piece.text, max(head - 1, 0))
-            if cut:
-                front, back = piece.text[: cut.end()], piece.text[cut.end() :]
-                tail_bytes = len(back.encode())
-                yield Piece(front, piece.bytes - tail_bytes, piece.starts_document)
-                yield Piece(back, tail_bytes, True, in_tail=True, continues=True)
-                at, in_tail = at + piece.bytes, True
-                continue
-        at += piece.bytes
-        continues = first and not piece.starts_document
-        yield Piece(piece.text, piece.bytes, piece.starts_document or first, in_tail, continues)
-
-
-# ==== encoding the pieces ====
-
-_worker_encoding: Encoding
-
-
-def _start_worker(encoding: Encoding) -> None:
-    global _worker_encoding
-    _worker_encoding = encoding
-
-
-def _encode_in_worker(text: str) -> np.ndarray:
-    return np.asarray(_worker_encoding.encode(text), dtype=np.uint16)
-
-
-def _workers(asked: int | None, total: int) -> int:
-    if asked is not None and asked < 1:
-        raise UserError(f"--workers must be at least 1, but is {asked}")
-    return asked or (os.cpu_count() or 1 if total >= PARALLEL_FROM else 1)
-
-
-def _encode_all(pieces: Iterator[Piece], encoding: Encoding, workers: int) -> Iterator[tuple[Piece, Any]]:
-    """Each piece with its ids, in order; at most a few pieces a worker are under way."""
-    if workers == 1:
-        for piece in pieces:
-            yield piece, np.asarray(encoding.encode(piece.text), dtype=np.uint16)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoding,)) as pool:
-        waiting: deque[tuple[Piece, Future[np.ndarray]]] = deque()
-        for piece in pieces:
-            waiting.append((piece, pool.submit(_encode_in_worker, piece.text)))
-            if len(waiting) > 4 * workers:
-                piece, future = waiting.popleft()
-                yield piece, future.result()
-        for piece, future in waiting:
-            yield piece, future.result()
+    def _manifest(self, state: State, writers: Sequence[ShardWriter], encoder: str) -> Manifest:
+        return Manifest(
+            format="llm.c uint16" if self.layout == "llmc" else "nanoGPT uint16",
+            gpt2cli=__version__,
+            key=self.key,
+            sources=self.seen.sources,
+            policy=self.policy,
+            split=choose_split(self.policy, self.seen),
+            tokenizer_sha256=self.encoding.sha256,
+            vocab_size=self.encoding.n_vocab,
+            encoder=encoder,
+            train_tokens=state.tokens[0],
+            val_tokens=state.tokens[1],
+            train_bytes=state.split_bytes[0],
+            val_bytes=state.split_bytes[1],
+            documents=state.documents,
+            shards={path.name: atomic.sha256(path) for writer in writers for path in writer.shards},
+        )

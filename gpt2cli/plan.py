@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from gpt2cli import __version__, atomic, checkpoint, corpus, device
+from gpt2cli import __version__, atomic, checkpoint, corpus, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.loss import CHUNK as loss_rows
 from gpt2cli.shards import Tokens, check, count_tokens, find_shards, fingerprint
+from gpt2cli.survey import Policy, Progress
 from gpt2cli.tokenizer import Encoding
 
 DEFAULT_SEQ_LEN = 256
@@ -162,7 +163,7 @@ def make_plan(
     init_from: str | None = None,
     out: Path | None = None,
     cache: Path | None = None,
-    on_tokenize: corpus.Progress = lambda done, total: None,
+    on_tokenize: Progress = lambda what, done, total: None,
     on_download: huggingface.Progress | None = None,
 ) -> Plan:
     """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; the embedded Shakespeare
@@ -170,7 +171,7 @@ def make_plan(
 
     Raises UserError for anything that would stop the run later.
     """
-    out = out or checkpoint.free_name(Path(data or corpus.EMBEDDED))
+    out = out or checkpoint.free_name(Path(data or documents.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
     # What begins with a dot is a lock or a torn file of a run that was killed before it began.
@@ -202,7 +203,7 @@ def make_plan(
     train = _decide_length(train, model, train_tokens, bool(start), notes)
     plan = Plan(
         out=out,
-        data=str(data or corpus.EMBEDDED),
+        data=str(data or documents.EMBEDDED),
         tokens=tokens,
         data_sha256=data_sha256,
         model=model,
@@ -248,15 +249,15 @@ def find_tokens(
     train: TrainConfig,
     encoding: Encoding,
     cache: Path | None,
-    on_tokenize: corpus.Progress,
+    on_tokenize: Progress,
 ) -> tuple[Path, str]:
     """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
-    path = Path(data) if data is not None else corpus.EMBEDDED
+    path = Path(data) if data is not None else documents.EMBEDDED
     if path.is_dir() and (find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file()):
         check(path)
         folder = path.resolve()
     else:
-        policy = corpus.Policy(train.val_fraction, train.plain, train.errors)
+        policy = Policy(train.val_fraction, train.plain, train.errors, train.split, train.format, train.field)
         folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=policy, progress=on_tokenize)
     return folder, fingerprint(folder)
 

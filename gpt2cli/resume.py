@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, corpus, device, metrics
+from gpt2cli import atomic, checkpoint, device, documents, metrics
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.plan import Plan, find_tokens, provenance
 from gpt2cli.shards import check, count_tokens, fingerprint
+from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
 
 # Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
@@ -64,7 +65,7 @@ def resume_plan(
     data: str | Path | None = None,
     cache: Path | None = None,
     on_skip: Callable[[str], None] = lambda message: None,
-    on_tokenize: corpus.Progress = lambda done, total: None,
+    on_tokenize: Progress = lambda what, done, total: None,
 ) -> Plan:
     """Go on with the run in `out`, or the newest below `runs/`, from its newest whole checkpoint.
 
@@ -92,7 +93,7 @@ def resume_plan(
         encoding, _ = checkpoint.find_encoding(model_folder, run.model.vocab_size)
     tokens = run.tokens
     if data is not None or not _intact(tokens):
-        source = data if data is not None else None if run.given == str(corpus.EMBEDDED) else atomic.from_home(run.given)
+        source = data if data is not None else None if run.given == str(documents.EMBEDDED) else atomic.from_home(run.given)
         tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
     if fingerprint(tokens) != run.data_sha256:
         raise UserError(f"the data is not what {out} was trained on ({run.given} changed?); start a new run with another --out")

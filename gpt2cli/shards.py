@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -29,16 +30,34 @@ SHARD_TOKENS = 100_000_000  # as in the public FineWeb shards
 
 
 class ShardWriter:
-    """Writes one split as `SPLIT_000000.bin`, `SPLIT_000001.bin`, ... of at most `shard_tokens` tokens each.
+    """Writes one split as `SPLIT_000000.bin`, `SPLIT_000001.bin`, ... of at most `shard_tokens` tokens each; without
+    `headers` as one `SPLIT.bin` of tokens alone, as nanoGPT's.
 
-    The header is completed when a shard is closed: until then its magic is 0, so that a torn file is refused.
+    The header is completed when a shard is closed: until then its magic is 0, so that a torn file is refused. With `tokens`
+    it goes on after so many that were written before; what is beyond them is cut off. Raises UserError where they are gone.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self, folder: Path, split: str, shard_tokens: int = SHARD_TOKENS, *, headers: bool = True, tokens: int = 0
+    ) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[Path] = []
-        self.tokens = 0
+        self.tokens = tokens
+        self._begin = HEADER_BYTES if headers else 0
         self._room = 0  # tokens that still fit the open shard
+        whole, part = divmod(tokens, shard_tokens)
+        self.shards = [self._path(n) for n in range(whole + (part > 0))]
+        for n, path in enumerate(self.shards):
+            size = self._begin + 2 * (shard_tokens if n < whole else part)
+            if not path.is_file() or path.stat().st_size < size:
+                raise UserError(f"{path} was cut short: delete {folder.parent} and tokenize again")
+            os.truncate(path, size)
+        for path in folder.glob(f"{split}*.bin"):
+            if path not in self.shards:
+                path.unlink()
+        if part:
+            self._file = self.shards[-1].open("r+b")
+            self._file.seek(0, os.SEEK_END)
+            self._room = shard_tokens - part
 
     def write(self, tokens: np.ndarray) -> None:
         while len(tokens):
@@ -51,21 +70,32 @@ class ShardWriter:
             if self._room == 0:
                 self._finish()
 
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self._room:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._room:
             self._finish()
 
+    def _path(self, n: int) -> Path:
+        return self.folder / (f"{self.split}_{n:06d}.bin" if self._begin else f"{self.split}.bin")
+
     def _open(self) -> None:
-        self.shards.append(self.folder / f"{self.split}_{len(self.shards):06d}.bin")
-        self._file = self.shards[-1].open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+        self.shards.append(self._path(len(self.shards)))
+        self._file = self.shards[-1].open("w+b")
+        self._file.write(bytes(self._begin))
         self._room = self.shard_tokens
 
     def _finish(self) -> None:
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.shard_tokens - self._room
-        self._file.seek(0)
-        self._file.write(header.tobytes())
+        if self._begin:
+            header = np.zeros(256, dtype="<i4")
+            header[:3] = MAGIC, VERSION, self.shard_tokens - self._room
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+        self.flush()
         self._file.close()
         self._room = 0
 

@@ -74,8 +74,8 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def tokenized(self, done: int, total: int) -> None:
-        self._report("tokenizing", done, total)
+    def tokenized(self, what: str, done: int, total: int) -> None:
+        self._report(what, done, total)
 
     def downloaded(self, file: str, done: int, total: int) -> None:
         self._report(f"downloading {file}", done, total)
@@ -84,7 +84,7 @@ class Bars:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total or None)
             if not stderr.is_terminal:
-                note(f"{what} ({size(total)})")
+                note(f"{what} ({size(total)})" if total else what)
         self._progress.update(self._tasks[what], completed=done, total=total or None)
 
 

@@ -83,9 +83,12 @@ def command(
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
     sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
-    val_fraction: Annotated[float, option(DATA, "Part of a text, at its end, held out.")] = TRAIN.val_fraction,
+    val_fraction: Annotated[float, option(DATA, "Part of a text held out.")] = TRAIN.val_fraction,
     plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", "--plain")] = TRAIN.plain,
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
+    split: Annotated[str, option(DATA, "What is held out of a text.", metavar=choice("split"))] = TRAIN.split,
+    format: Annotated[str, option(DATA, "Of a text; auto: by its name.", metavar=choice("format"))] = TRAIN.format,
+    field: Annotated[str, option(DATA, "Of a JSON or parquet record, where the text is.")] = TRAIN.field,
     seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
     cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,
     spike: Annotated[

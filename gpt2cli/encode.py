@@ -1,0 +1,179 @@
+"""Batches of text -> ids, in order, in several processes, always tiktoken's: gigatoken is used once it proved equal."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from gpt2cli.errors import UserError
+from gpt2cli.pieces import Piece, Settled
+from gpt2cli.tokenizer import Encoding
+
+BATCH_BYTES = 1 << 20
+BATCH_PIECES = 4096
+
+Encode = Callable[[bytes], np.ndarray]  # text -> ids (uint32)
+Batch = list[tuple[Piece, bool]]  # with whether it is held out
+Encoded = tuple[np.ndarray, np.ndarray]  # ids (uint16) of the training and of the validation split
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a worker needs to know to encode."""
+
+    encoding: Encoding
+    errors: str
+    fast: bool
+
+    def make(self) -> Encode:
+        if self.fast:
+            return _gigatoken(self.encoding, self.errors)
+        return lambda data: self.encoding.encode_array(data.decode("utf-8", self.errors))
+
+
+def _gigatoken(encoding: Encoding, errors: str) -> Encode:
+    import gigatoken
+
+    settings = json.loads(encoding.files["tokenizer.json"])
+    settings["added_tokens"] = []  # <|endoftext|> in a piece is text
+    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(settings, ensure_ascii=False))
+    if errors == "strict":
+        return tokenizer.encode
+    return lambda data: tokenizer.encode(data.decode("utf-8", errors))
+
+
+@dataclass(frozen=True)
+class Choice:
+    encoder: Encoder
+    name: str  # and what is to be said of it
+    tokens: int  # of the sample
+
+
+def choose(encoding: Encoding, errors: str, sample: Sequence[bytes]) -> Choice:
+    """The fastest encoder that is installed and equals tiktoken on `sample`; without a sample tiktoken."""
+    slow = Encoder(encoding, errors, fast=False)
+    name = f"tiktoken {version('tiktoken')}"
+    if not sample:
+        return Choice(slow, name, 0)
+    expected = [slow.make()(text) for text in sample]
+    tokens = sum(map(len, expected))
+    try:
+        fast = Encoder(encoding, errors, fast=True)
+        encode = fast.make()
+        faster = f"gigatoken {version('gigatoken')}"
+        if all(np.array_equal(encode(text), ids) for text, ids in zip(sample, expected, strict=True)):
+            return Choice(fast, f"{faster}, equal to tiktoken on {sum(map(len, sample)):,} bytes of the text", tokens)
+        name += f"; {faster} gives other ids for this text"
+    except ImportError:
+        pass
+    except Exception as error:  # it is optional: whatever it raises costs speed, not the tokens
+        name += f"; gigatoken cannot be used: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    return Choice(slow, name, tokens)
+
+
+# ==== runs without a place to cut ====
+
+
+def settle(window: bytes, encoding: Encoding) -> Settled:
+    """Encode the beginning of a run, to a token border that what follows the window does not move.
+
+    BPE is local: a sequence of tokens is its encoding of a word exactly if each two neighbours are (van Antwerpen and
+    Neubeck, "So many tokens, so little time", 2024). So two overlapping encodings may be sewn together at a token that both
+    have: the token after the border, which the encoding of the rest is checked to begin with.
+    """
+    for end in range(len(window), len(window) - 4, -1):  # the window may end within a character
+        with contextlib.suppress(UnicodeDecodeError):
+            ids = encoding.encode_array(window[:end].decode("utf-8"))
+            break
+    else:
+        raise UserError(f"a run of {len(window):,} bytes without any space holds bytes that are not UTF-8; mend them first")
+    ends = np.cumsum(encoding.byte_lengths()[ids])
+    for n in range(int(np.searchsorted(ends, len(window) * 7 // 8)), 0, -1):
+        end = int(ends[n - 1])
+        # The pre-tokenizer must see the rest as it did: not the middle of a character, nor of a contraction as 're.
+        if window[end] & 0xC0 != 0x80 and b"'" not in window[max(0, end - 2) : end + 1]:
+            return Settled(end, ids[:n].tolist(), int(ids[n]))
+    raise UserError(f"a run of {len(window):,} bytes holds no place to cut")
+
+
+# ==== batches ====
+
+
+def batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[Batch]:
+    batch: Batch = []
+    size = 0
+    for item in pieces:
+        batch.append(item)
+        size += len(item[0].data)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(batch: Batch, encode: Encode, eot: int) -> Encoded:
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    border = np.array([eot], dtype=np.uint32)
+    for piece, held_out in batch:
+        ids = encode(piece.data) if piece.ids is None else np.asarray(piece.ids, dtype=np.uint32)
+        if piece.expects is not None and ids[0] != piece.expects:
+            raise UserError(
+                f"a run of more than {len(piece.data):,} bytes without a space cannot be cut exactly ({piece.data[:20]!r}); "
+                "please report it, with the text"
+            )
+        parts[held_out].extend((border, ids) if piece.starts else (ids,))
+    train, val = (np.concatenate([np.empty(0, np.uint32), *split]).astype(np.uint16) for split in parts)
+    return train, val
+
+
+_worker: tuple[Encode, int]
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _worker = encoder.make(), encoder.encoding.eot
+
+
+def _encode_in_worker(batch: Batch) -> Encoded:
+    return encode_batch(batch, *_worker)
+
+
+def encode_all(work: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
+    """Each batch with its ids, in order; at most a few batches a worker are under way."""
+    if workers == 1:
+        encode = encoder.make()
+        for batch in work:
+            yield batch, encode_batch(batch, encode, encoder.encoding.eot)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,))
+    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+
+    def submit(some: Iterable[Any]) -> None:
+        waiting.extend((batch, pool.submit(_encode_in_worker, batch)) for batch in some)
+
+    try:
+        submit(itertools.islice(work, 4 * workers))
+        while waiting:
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+            submit(itertools.islice(work, 1))
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker was killed, perhaps for want of memory: the same command goes on, best with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
