@@ -1,16 +1,22 @@
-"""Times the product's own work: attention kernels, `train_step`, `generate`. Everything is run once to warm up, then
-several times, in turn where things are compared; the median is reported."""
+"""Times the product's own work: attention kernels, `train_step`, `generate`, `tokenize`. Everything is run
+several times, in turn where things are compared, the first three after one to warm up; the median is reported."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,23 +24,30 @@ from torch.nn.attention import sdpa_kernel
 
 from gpt2cli import __version__, device
 from gpt2cli.config import GPTConfig, SamplingConfig
+from gpt2cli.corpus import tokenize
+from gpt2cli.documents import EMBEDDED, opened, read
 from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
+from gpt2cli.shards import Tokens
 from gpt2cli.step import train_step
+from gpt2cli.survey import Policy
+from gpt2cli.tokenizer import Encoding
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def machine(where: torch.device) -> dict[str, Any]:
+    """What every figure depends on beside the code."""
+    return {"device": device.describe(where), "gpt2cli": __version__, "date": time.strftime("%Y-%m-%d")}
+
+
 def conditions(where: torch.device, dtype: str) -> dict[str, Any]:
-    """What a figure depends on beside the code, and the roof to hold it against."""
-    return {
-        "device": device.describe(where),
+    """What a figure of matrix products depends on, and the roof to hold it against."""
+    return machine(where) | {
         "dtype": dtype,
         "torch": torch.__version__,
-        "gpt2cli": __version__,
-        "date": time.strftime("%Y-%m-%d"),
         "matmul_flops": device.matmul_rate(where, dtype, seconds=1.0),
         "datasheet_flops": device.datasheet_rate(where),
     }
@@ -249,6 +262,70 @@ def bench_sample(
         decode_tokens_per_second=B * (new_tokens - 1) / decode,
         read_rate=weights * (new_tokens - 1) / decode,
     )
+
+
+# ==== tokenizing ====
+
+
+@dataclass(frozen=True)
+class TokenizeRow:
+    encoder: str
+    workers: int
+    seconds: float  # from the file to finished shards, median
+    bytes_per_second: float
+    speedup: float  # of one thread of tiktoken in the same turns
+    equal: bool  # to tiktoken's ids of whole documents
+
+
+@contextlib.contextmanager
+def text_to_tokenize(text: Path | None) -> Iterator[Path]:
+    """`text`, or the embedded one eight times (40 MB)."""
+    if text is not None:
+        yield text
+        return
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch, opened([EMBEDDED]) as (embedded,):
+        once = b"".join(chunk.data for chunk in read(embedded, "strict"))
+        path = Path(scratch, "shakespeare.txt")
+        path.write_bytes(b"<|endoftext|>".join([once] * 8))
+        yield path
+
+
+def bench_tokenize(text: Path, workers: Sequence[int], repeats: int) -> list[TokenizeRow]:
+    """The product's `tokenize` on a text file, with each encoder there is, in turn with what people write themselves: the
+    whole file through tiktoken on one thread, and its ids to a file."""
+    ways = [("alone", 1), *((encoder, count) for encoder in ("tiktoken", "fastest") for count in workers)]
+    times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    names, equal = {("alone", 1): f"tiktoken {version('tiktoken')} alone"}, {("alone", 1): True}
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        for _ in range(repeats):
+            for way in ways:
+                out = Path(scratch, "out")
+                started = time.perf_counter()
+                if way[0] == "alone":
+                    expected = Encoding.gpt2().encode_documents(text.read_bytes().decode("utf-8")).astype(np.uint16)
+                    expected.tofile(Path(scratch, "ids"))
+                else:
+                    policy = Policy(val_fraction=0)
+                    fast = way[0] == "fastest"
+                    manifest = tokenize([text], out, encoding=Encoding.gpt2(), policy=policy, workers=way[1], fast=fast)
+                times[way].append(time.perf_counter() - started)
+                if out.exists():
+                    names[way] = f"gpt2 tokenize, {manifest.encoder.split(',')[0]}"
+                    tokens = Tokens.open(out, "train")
+                    equal[way] = equal.get(way, True) and np.array_equal(tokens.read(0, len(tokens)), expected)
+                    shutil.rmtree(out)
+    return [
+        TokenizeRow(
+            encoder=names[way],
+            workers=way[1],
+            seconds=statistics.median(taken),
+            bytes_per_second=text.stat().st_size / statistics.median(taken),
+            speedup=statistics.median(alone / here for alone, here in zip(times["alone", 1], taken, strict=True)),
+            equal=equal[way],
+        )
+        for way, taken in times.items()
+        if not (way[0] == "fastest" and "tiktoken" in names[way])  # nothing faster is installed
+    ]
 
 
 def as_json(what: str, facts: dict[str, Any], rows: Sequence[Any], missing: dict[str, str] | None = None) -> dict[str, Any]:

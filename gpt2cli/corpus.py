@@ -74,6 +74,7 @@ def tokenize(
     layout: str = "llmc",
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    fast: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Write the shards and manifest of `inputs` (files, or folders of text files) to the new folder `out`.
@@ -81,7 +82,7 @@ def tokenize(
     The result is the same for any number of workers, and for work that was interrupted and called again. If `out` already
     holds just this, it is left as it is. With `train_vocab` a vocabulary of that many ids is trained on the training split
     and written beside the shards, in place of `encoding`. `layout` is `llmc`, or `nanogpt` for its train.bin and val.bin
-    without a header.
+    without a header. Without `fast` tiktoken encodes even where a faster one is installed.
 
     Raises UserError for unreadable, empty or binary input, text that is not UTF-8, too small a disk, and an `out` that
     holds other things.
@@ -93,7 +94,7 @@ def tokenize(
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, but is {workers}")
     with prepare(inputs, out, encoding, policy, train_vocab, progress) as job:
-        job.layout, job.shard_tokens = layout, shard_tokens
+        job.layout, job.shard_tokens, job.fast = layout, shard_tokens, fast
         if out.exists() and not finished(out, job.key):
             raise UserError(f"{out} already exists and holds something else: give another folder with --out")
         return job.run(out, workers)
@@ -153,6 +154,7 @@ class Job:
     progress: Progress
     layout: str = "llmc"
     shard_tokens: int = SHARD_TOKENS
+    fast: bool = True
 
     @property
     def key(self) -> str:
@@ -177,7 +179,7 @@ class Job:
             if self.encoding.n_vocab > 1 << 16:
                 raise UserError(f"shards hold 16-bit ids, but the vocabulary has {self.encoding.n_vocab:,}")
             sample = self.seen.sample if self.seen.size >= FAST_FROM else []
-            chosen = encode.choose(self.encoding, self.policy.errors, sample)
+            chosen = encode.choose(self.encoding, self.policy.errors, sample, fast=self.fast)
             self._check_room(out, chosen.tokens / sum(map(len, sample)) if sample else 1.0, state)
             writers = self._encode(state, work, folder, chosen.encoder, workers)
             manifest = self._manifest(state, writers, chosen.name)

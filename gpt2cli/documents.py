@@ -68,7 +68,7 @@ def find_texts(inputs: Sequence[Path]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def opened(inputs: Sequence[Path], kind: str, field: str, scratch: Path) -> Iterator[list[Text]]:
+def opened(inputs: Sequence[Path], kind: str = "auto", field: str = "text", scratch: Path = Path()) -> Iterator[list[Text]]:
     """The texts of `inputs`. What cannot be read twice, as stdin, is copied to the folder `scratch` meanwhile."""
     with contextlib.ExitStack() as stack:
         texts = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from gpt2cli.tokenizer import Encoding
 
 BATCH_BYTES = 1 << 20
 BATCH_PIECES = 4096
+CACHE_BYTES = 128 << 20  # what gigatoken may grow by, if it has had
+CACHE_TEXT = 16 << 20  # bytes of text at least
 
 Encode = Callable[[bytes], np.ndarray]  # text -> ids (uint32)
 Batch = list[tuple[Piece, bool]]  # with whether it is held out
@@ -39,19 +44,40 @@ class Encoder:
 
     def make(self) -> Encode:
         if self.fast:
-            return _gigatoken(self.encoding, self.errors)
+            return _Gigatoken(self.encoding, self.errors)
         return lambda data: self.encoding.encode_array(data.decode("utf-8", self.errors))
 
 
-def _gigatoken(encoding: Encoding, errors: str) -> Encode:
-    import gigatoken
+class _Gigatoken:
+    """gigatoken as an `Encode`. It remembers every word it has met, so it is made anew when it has grown too large."""
 
-    settings = json.loads(encoding.files["tokenizer.json"])
-    settings["added_tokens"] = []  # <|endoftext|> in a piece is text
-    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(settings, ensure_ascii=False))
-    if errors == "strict":
-        return tokenizer.encode
-    return lambda data: tokenizer.encode(data.decode("utf-8", errors))
+    def __init__(self, encoding: Encoding, errors: str) -> None:
+        settings = json.loads(encoding.files["tokenizer.json"])
+        settings["added_tokens"] = []  # <|endoftext|> in a piece is text
+        self._settings, self._errors = json.dumps(settings, ensure_ascii=False), errors
+        self._make()
+        self._limit = _resident() + CACHE_BYTES
+
+    def _make(self) -> None:
+        import gigatoken
+
+        self._tokenizer: Any = None  # not two of them in memory
+        self._tokenizer = gigatoken.Tokenizer.from_json(self._settings)
+        self._seen = 0  # bytes
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        if self._seen > CACHE_TEXT and _resident() > self._limit:
+            self._make()
+        self._seen += len(data)
+        return self._tokenizer.encode(data if self._errors == "strict" else data.decode("utf-8", self._errors))
+
+
+def _resident() -> float:
+    """Bytes of memory this process holds now; infinite where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -61,20 +87,22 @@ class Choice:
     tokens: int  # of the sample
 
 
-def choose(encoding: Encoding, errors: str, sample: Sequence[bytes]) -> Choice:
-    """The fastest encoder that is installed and equals tiktoken on `sample`; without a sample tiktoken."""
+def choose(encoding: Encoding, errors: str, sample: Sequence[bytes], *, fast: bool) -> Choice:
+    """With `fast` the fastest encoder that is installed and equals tiktoken on `sample`; else, and without one, tiktoken."""
     slow = Encoder(encoding, errors, fast=False)
     name = f"tiktoken {version('tiktoken')}"
     if not sample:
         return Choice(slow, name, 0)
     expected = [slow.make()(text) for text in sample]
     tokens = sum(map(len, expected))
+    if not fast:
+        return Choice(slow, name, tokens)
     try:
-        fast = Encoder(encoding, errors, fast=True)
-        encode = fast.make()
+        quick = Encoder(encoding, errors, fast=True)
+        encode = quick.make()
         faster = f"gigatoken {version('gigatoken')}"
         if all(np.array_equal(encode(text), ids) for text, ids in zip(sample, expected, strict=True)):
-            return Choice(fast, f"{faster}, equal to tiktoken on {sum(map(len, sample)):,} bytes of the text", tokens)
+            return Choice(quick, f"{faster}, equal to tiktoken on {sum(map(len, sample)):,} bytes of the text", tokens)
         name += f"; {faster} gives other ids for this text"
     except ImportError:
         pass

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import torch
 
 from gpt2cli import bench
@@ -61,3 +62,15 @@ def test_bench_sample_times_generate(gpt2, run_folder):
 def test_tables_are_the_product_and_conditions_the_narration(gpt2, monkeypatch):
     done = gpt2("bench", "attention", "--lengths", 8, "--repeats", 1, "--device", "cpu")
     assert done.code == 0 and "flash" in done.out and "GFLOP/s measured" in done.err and "not available here" in done.err
+
+
+def test_tokenizing_is_timed_against_tiktoken_and_every_id_compared(gpt2, text_file, monkeypatch):
+    monkeypatch.setattr("gpt2cli.corpus.FAST_FROM", 1)
+    done = gpt2("bench", "tokenize", text_file, "--workers", "1,2", "--repeats", 1, "--json")
+    rows = json.loads(done.out)["rows"]
+    assert [row["workers"] for row in rows[:3]] == [1, 1, 2] and len(rows) in (3, 5)
+    assert all(row["equal"] and row["seconds"] > 0 for row in rows) and rows[0]["speedup"] == 1
+    wrong = np.ones(9, np.uint16), np.empty(0, np.uint16)
+    monkeypatch.setattr("gpt2cli.encode.encode_batch", lambda batch, encode, eot: wrong)
+    done = gpt2("bench", "tokenize", text_file, "--workers", "1", "--repeats", 1)
+    assert "DIFFERENT" in done.out and sorted(path.name for path in text_file.parent.iterdir()) == ["input.txt"]

@@ -185,6 +185,21 @@ def test_a_faster_encoder_that_is_not_equal_is_not_used(tmp_path, monkeypatch, s
     assert ids_of(tmp_path / "out")[1:] == Encoding.gpt2().encode(shakespeare[:5000])
 
 
+def test_gigatoken_is_made_anew_when_it_has_grown(monkeypatch, shakespeare):
+    pytest.importorskip("gigatoken")
+    made = []
+    once = encode._Gigatoken._make
+    monkeypatch.setattr(encode._Gigatoken, "_make", lambda self: (made.append(1), once(self)))
+    for limit, expected in ((1 << 40, 1), (-(1 << 40), 4)):
+        made.clear()
+        monkeypatch.setattr(encode, "CACHE_BYTES", limit)
+        monkeypatch.setattr(encode, "CACHE_TEXT", 1500)
+        encoder = encode.Encoder(Encoding.gpt2(), "strict", fast=True).make()
+        parts = [shakespeare[n : n + 1000] for n in range(0, 8000, 1000)]
+        assert [encoder(part.encode()).tolist() for part in parts] == [Encoding.gpt2().encode(part) for part in parts]
+        assert len(made) == expected
+
+
 # ==== what is held out ====
 
 
@@ -354,9 +369,9 @@ def test_bad_bytes_can_be_replaced(tmp_path, blocks, block):
 def test_a_text_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, text_file):
     choose = encode.choose
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments, **more):
         text_file.write_text("something else")
-        return choose(*arguments)
+        return choose(*arguments, **more)
 
     monkeypatch.setattr(encode, "choose", meanwhile)
     with pytest.raises(UserError, match="changed while it was read"):

@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "verify": ["atomic", "checkpoint", "plan", "resume", "train"],
     "generate": ["config", "model"],
     "convert": ["atomic", "checkpoint", "formats", "model", "tokenizer"],
-    "bench": ["config", "device", "generate", "model", "optim", "step"],
+    "bench": ["config", "corpus", "device", "documents", "generate", "model", "optim", "shards", "step", "survey", "tokenizer"],
 }
 LIBRARIES = {
     "typer": ["commands"],
@@ -146,7 +146,16 @@ def test_no_room_is_too_large(path):
 
 def test_the_options_in_the_readme_exist(gpt2):
     readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
-    for command in ("tokenize", "train", "sample", "convert", "bench attention", "bench train", "bench sample"):
+    for command in (
+        "tokenize",
+        "train",
+        "sample",
+        "convert",
+        "bench attention",
+        "bench train",
+        "bench sample",
+        "bench tokenize",
+    ):
         known = gpt2(*command.split(), "--help").out
         for line in re.findall(rf"^gpt2 {command}\b.*$", readme, re.MULTILINE):
             for option in re.findall(r"--[a-z-]+", line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig
 from gpt2cli.errors import UserError
 
-app = typer.Typer(help="Time attention kernels, the training step and sampling on this machine.", no_args_is_help=False)
+app = typer.Typer(help="Time attention kernels, training, sampling and tokenizing on this machine.", no_args_is_help=False)
 
 Device = Annotated[str, typer.Option(help="Where to run.", metavar="|".join(CHOICES["device"]))]
 Dtype = Annotated[str, typer.Option(help="Of matrix products; auto: as train decides.", metavar="|".join(CHOICES["dtype"]))]
@@ -35,12 +36,7 @@ def attention(
     as_json: Json = False,
 ) -> None:
     """Compare the attention kernels this device has, forward and backward, and their error against float64."""
-    try:
-        Ts = [int(part) for part in lengths.split(",")]
-        if min(Ts) < 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--lengths {lengths}: expected whole numbers above 0, such as 64,256,1024") from None
+    Ts = numbers("--lengths", lengths)
 
     from gpt2cli import bench
     from gpt2cli.commands import console
@@ -162,6 +158,56 @@ def sample(
         ],
     )
     show_conditions(facts)
+
+
+@app.command()
+def tokenize(
+    text: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TEXT]", help="UTF-8; by default the embedded Shakespeare eight times."),
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Numbers of processes, separated by commas.")] = "1,2",
+    repeats: Annotated[int, typer.Option(help="Turns; the median is shown.", min=1)] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time text file -> finished shards against one thread of tiktoken, and compare every id."""
+    counts = numbers("--workers", workers)
+
+    from gpt2cli import bench, device
+    from gpt2cli.commands import console
+
+    facts = bench.machine(device.pick_device("cpu"))
+    with bench.text_to_tokenize(text) as file:
+        rows = bench.bench_tokenize(file, counts, repeats)
+        size = file.stat().st_size
+    if as_json:
+        return console.print_json(bench.as_json("tokenize", facts | {"bytes": size}, rows))
+    console.table(
+        f"Text to shards, {size / 1e6:,.1f} MB",
+        ("encoder", "workers", "seconds", "MB/s", "of tiktoken alone", "ids"),
+        [
+            (
+                row.encoder,
+                str(row.workers),
+                f"{row.seconds:.2f}",
+                f"{row.bytes_per_second / 1e6:,.1f}",
+                f"{row.speedup:.2f}x",
+                "equal" if row.equal else "DIFFERENT",
+            )
+            for row in rows
+        ],
+    )
+    console.note(f"{facts['date']}, {facts['device']}, gpt2cli {facts['gpt2cli']}")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+        if min(values) >= 1:
+            return values
+    except ValueError:
+        pass
+    raise UserError(f"{option} {text}: expected whole numbers above 0, separated by commas")
 
 
 def model_config(preset: str) -> GPTConfig:
