@@ -151,6 +151,9 @@ def _intact(tokens: Path) -> bool:
 def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, where: torch.device) -> list[str]:
     """What is different from the session before; most of it makes the run equal only up to rounding."""
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
+    done = checkpoint.step_of(start) if start else 0
+    later = [folder for folder in checkpoint.checkpoints(out) if checkpoint.step_of(folder) > done]
+    notes += [f"{folder} is damaged and will be set aside as {checkpoint.aside(folder).name}" for folder in later]
     notes += [f"{name} changed from {old} to {new}" for name, (old, new) in changed.items()]
     had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(where)
     for name in ("torch", "device"):

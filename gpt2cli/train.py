@@ -115,9 +115,11 @@ class Run:
         out = self.plan.out
         if self.plan.sessions is None and (out / "run.json").exists():
             raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}'")
-        for folder in checkpoint.checkpoints(out):
-            if checkpoint.step_of(folder) > self.plan.first_step and checkpoint.is_whole(folder):
-                raise UserError(f"{out} has got to {folder.name} in the meantime: run it again")
+        later = [f for f in checkpoint.checkpoints(out) if checkpoint.step_of(f) > self.plan.first_step]
+        if got_to := next((f.name for f in later if checkpoint.is_whole(f)), None):
+            raise UserError(f"{out} has got to {got_to} in the meantime: run it again")
+        for folder in later:
+            folder.rename(checkpoint.aside(folder))
 
     def _go_to(self, folder: Path | None) -> None:
         """The state of a checkpoint, or of the very beginning."""

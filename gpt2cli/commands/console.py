@@ -101,7 +101,7 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
         ("data", f"{plan.data}: {plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"),
         ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
                   f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"
-                  + (f"; {plan.first_step:,} are done" if plan.first_step else "")),
+                  + (f"; goes on after step {plan.first_step:,}, from {plan.resume_from}" if plan.resume_from else "")),
         ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
         ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),

@@ -1,0 +1,66 @@
+"""What a run that goes on says, keeps and remembers."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpt2cli import UserError, checkpoint, train
+from gpt2cli.resume import resume_plan
+
+from .test_train import new_plan
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def run(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    return Path("run")
+
+
+# ==== damaged checkpoints ====
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_takes_no_good_ones_place(gpt2, run):
+    damage(run / "step-000008" / "training.safetensors")
+    dry = gpt2("train", "--resume", "--out", run, "--dry-run")
+    assert dry.code == 0 and (run / "step-000008").is_dir(), "a dry run changes nothing"
+    options = ("--steps", 10, "--save-every", 3, "--eval-every", 0)
+    done = gpt2("train", "--resume", "--out", run, *options)
+    assert done.code == 0 and "goes on after step 4, from run/step-000004" in done.err
+    assert "skipping run/step-000008: " in done.err and "torn" not in done.err
+    assert "run/step-000008 is damaged and will be set aside as step-000008.damaged" in done.err
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["step-000010", "step-000009", "step-000004"]
+    assert (run / "step-000008.damaged").is_dir() and not checkpoint.is_whole(run / "step-000008.damaged")
+
+
+def test_after_a_stop_past_a_damaged_checkpoint_the_good_one_it_went_on_from_is_kept(text_file):
+    list(train(new_plan(text_file, "run", steps=8, save_every=4, eval_every=0)))
+    damage(Path("run/step-000008/model.safetensors"))
+    done = []
+    for step in train(resume_plan(Path("run"), {}), should_stop=lambda: len(done) == 3):  # 5, 6, 7
+        done.append(step)
+    list(train(resume_plan(Path("run"), {"steps": 9, "save_every": 0})))
+    kept = checkpoint.checkpoints(Path("run"))
+    assert [p.name for p in kept] == ["step-000009", "step-000004"] and all(map(checkpoint.is_whole, kept))
+    damage(Path("run/step-000009/model.safetensors"))
+    shutil.copytree("run/step-000009", "run/step-000009.damaged")
+    list(train(resume_plan(Path("run"), {})))
+    assert Path("run/step-000009.damaged1").is_dir(), "one that was set aside before stays"
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_names_a_whole_one(gpt2, run):
+    damage(run / "step-000008" / "model.safetensors")
+    for name in (run, run / "step-000008"):
+        done = gpt2("sample", name, "--prompt", "x")
+        assert done.code == 1 and "run/step-000004 is whole" in done.err.splitlines()[-1]
+    damage(run / "step-000008" / "evaluation.json")
+    assert "run/step-000004 is whole" in gpt2("sample", run, "--prompt", "x").err
+    damage(run / "step-000004" / "config.json")
+    with pytest.raises(UserError, match=r"(?!.*is whole).*changed"):
+        checkpoint.load(str(run))
