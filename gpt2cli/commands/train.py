@@ -213,8 +213,8 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) 
     step = last.step if last else plan.first_step
     if step < plan.steps:
         done = f"after step {step:,}, which is saved" if step else "before the first step"
-        console.note(f"stopped {done}; continue with: gpt2 train --resume --out {plan.out}")
-        raise typer.Exit(128 + stop.number)
+        console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}")
+        raise typer.Exit(128 + (stop.number or signal.SIGTERM))
     if last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
@@ -241,6 +241,9 @@ class StopRequest:
 
     def __init__(self, max_minutes: float | None) -> None:
         self.number = 0  # of the signal
+        self.by = ""  # --max-minutes, where no signal came first
+        self._began = False
+        self._max_minutes = max_minutes
         self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> StopRequest:
@@ -264,9 +267,11 @@ class StopRequest:
             console.note("finishing this step, then saving; once more to leave at once")
 
     def asked(self) -> bool:
-        if not self.number and time.monotonic() >= self._end:
-            self.number = signal.SIGTERM
-        return bool(self.number)
+        """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
+        if self._began and not self.number and time.monotonic() >= self._end:
+            self.by = f" by --max-minutes {self._max_minutes:g}"
+        self._began = True
+        return bool(self.number or self.by)
 
 
 def sampler(plan: Plan, prompt: str) -> Any:
