@@ -13,6 +13,7 @@ from gpt2cli import atomic, checkpoint, corpus, device, metrics
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
+from gpt2cli.optim import planned_lr
 from gpt2cli.plan import Plan, find_tokens, provenance
 from gpt2cli.shards import check, count_tokens, fingerprint
 from gpt2cli.tokenizer import Encoding
@@ -115,7 +116,7 @@ def resume_plan(
         resume_from=start,
         sessions=run.sessions,
         changed=changed,
-        notes=tuple(_notes(out, start, changed, run, torch.device(train.device))),
+        notes=tuple(_notes(out, start, changed, run, train)),
     )
 
 
@@ -148,14 +149,15 @@ def _intact(tokens: Path) -> bool:
     return tokens.is_dir()
 
 
-def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, where: torch.device) -> list[str]:
+def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, train: TrainConfig) -> list[str]:
     """What is different from the session before; most of it makes the run equal only up to rounding."""
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
     done = checkpoint.step_of(start) if start else 0
     later = [folder for folder in checkpoint.checkpoints(out) if checkpoint.step_of(folder) > done]
     notes += [f"{folder} is damaged and will be set aside as {checkpoint.aside(folder).name}" for folder in later]
-    notes += [f"{name} changed from {old} to {new}" for name, (old, new) in changed.items()]
-    had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(where)
+    for name, (old, new) in changed.items():
+        notes.append(f"{name} changed from {old} to {new}{_other_lr(done, run.train, train) if name == 'steps' else ''}")
+    had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(torch.device(train.device))
     for name in ("torch", "device"):
         if isinstance(had, dict) and had.get(name) != has[name]:
             notes.append(f"{name} was {had.get(name)} and is {has[name]}: the run goes on, but perhaps not bit for bit")
@@ -163,3 +165,14 @@ def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Recor
     if isinstance(log, dict) and log and not metrics.unchanged(out, log):
         notes.append(f"{out / metrics.NAME} was changed since the checkpoint was saved: its lines are kept as they are")
     return notes
+
+
+def _other_lr(done: int, before: TrainConfig, now: TrainConfig) -> str:
+    """The schedule is stretched over all steps, so that another number of them moves the learning rate at once."""
+    old_steps, new_steps = before.steps or 0, now.steps or 0
+    old = f"{planned_lr(min(done, old_steps - 1), before):.1e}"
+    new = f"{planned_lr(done, now):.1e}"
+    if done == new_steps or new == old:
+        return ""
+    would = "the old schedule ended at" if done >= old_steps else "the old schedule had"
+    return f": the learning rate of step {done + 1:,} is {new}, where {would} {old}"

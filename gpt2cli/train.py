@@ -24,7 +24,7 @@ from gpt2cli.formats import huggingface
 from gpt2cli.guard import Guard
 from gpt2cli.metrics import LOGGED, MetricsLog, StepMetrics
 from gpt2cli.model import GPT
-from gpt2cli.optim import lr_at, make_optimizers
+from gpt2cli.optim import make_optimizers, planned_lr
 from gpt2cli.plan import Plan
 from gpt2cli.shards import Tokens
 from gpt2cli.step import train_step, validate
@@ -158,14 +158,7 @@ class Run:
         started = time.perf_counter()
         config, where = self.plan.train, self.plan.device
         batches = [self.loader.next_batch() for _ in range(self.plan.accumulation)]
-        self._lr = lr_at(
-            self.progress.step,
-            steps=self.plan.steps,
-            lr=config.lr or 0.0,
-            min_lr=config.min_lr or 0.0,
-            warmup_steps=config.warmup_steps or 0,
-            schedule=config.schedule,
-        )
+        self._lr = planned_lr(self.progress.step, config)
         try:
             self._loss, self._grad_norm = train_step(
                 self.model,

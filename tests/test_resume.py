@@ -64,3 +64,21 @@ def test_a_run_whose_best_checkpoint_is_damaged_names_a_whole_one(gpt2, run):
     damage(run / "step-000004" / "config.json")
     with pytest.raises(UserError, match=r"(?!.*is whole).*changed"):
         checkpoint.load(str(run))
+
+
+# ==== what is told ====
+
+
+def test_another_number_of_steps_tells_how_the_learning_rate_jumps(text_file):
+    list(train(new_plan(text_file, "run", steps=6, lr=3e-3, save_every=4, eval_every=0)))
+    (told,) = [note for note in resume_plan(Path("run"), {"steps": 12}).notes if "steps changed" in note]
+    start = "steps changed from 6 to 12: the learning rate of step 7 is "
+    assert told.startswith(start) and told.endswith(", where the old schedule ended at 3.0e-04")
+    first = next(train(resume_plan(Path("run"), {"steps": 12})))
+    assert f"{first.lr:.1e}" == told.removeprefix(start).split(",")[0] != "3.0e-04"
+    shutil.rmtree("run/step-000006")
+    fewer = resume_plan(Path("run"), {"steps": 5})
+    (told,) = [note for note in fewer.notes if "steps changed" in note]
+    assert "the learning rate of step 5 is 3.0e-04, where the old schedule had " in told
+    (told,) = [note for note in resume_plan(Path("run"), {"steps": 4}).notes if "steps changed" in note]
+    assert told == "steps changed from 12 to 4", "no step is left"
