@@ -17,6 +17,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from gpt2cli.errors import size
+
 if TYPE_CHECKING:
     from gpt2cli.metrics import StepMetrics
     from gpt2cli.plan import Plan
@@ -48,15 +50,6 @@ def seconds(value: float) -> str:
     minutes, s = divmod(int(value + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def size(count: float) -> str:
-    """1536000 -> 1.5 MB"""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 class Bars:
