@@ -96,7 +96,7 @@ def resume_plan(
         source = data if data is not None else None if run.given == str(corpus.EMBEDDED) else atomic.from_home(run.given)
         tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
     if fingerprint(tokens) != run.data_sha256:
-        raise UserError(f"the data is not what {out} was trained on ({run.given} changed?); start a new run with another --out")
+        raise UserError(f"{_other_data(out, data, run.given)} start a new run with another --out")
     train_tokens, val_tokens = count_tokens(tokens)
     before, now = asdict(run.train), asdict(train)
     changed = {name: [before[name], now[name]] for name in before if before[name] != now[name]}
@@ -139,6 +139,12 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
             "which are not whole micro-steps of that many"
         )
     return replace(train, device=device.pick_device(train.device).type)
+
+
+def _other_data(out: Path, data: str | Path | None, given: str) -> str:
+    if data is None or Path(data).resolve() == atomic.from_home(given).resolve():
+        return f"{given} is no longer the data {out} was trained on:"
+    return f"{data} is not the data {out} was trained on ({given}): leave INPUT out to go on with that, or"
 
 
 def _intact(tokens: Path) -> bool:

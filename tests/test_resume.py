@@ -10,6 +10,7 @@ import pytest
 from gpt2cli import UserError, checkpoint, train
 from gpt2cli.resume import resume_plan
 
+from .conftest import QUICK
 from .test_train import new_plan
 
 
@@ -94,3 +95,28 @@ def test_small_sizes_are_not_shown_as_nothing(text_file, monkeypatch):
     with pytest.raises(UserError, match=r"has 2\.0 MB free, but one checkpoint needs 19\.6 MB"):
         new_plan(text_file, "run")
     assert re.search(r"about \d+\.\d MB\. --batch-size 1 needs about \d+\.\d MB", plan.out_of_memory(1))
+
+
+def test_resuming_a_run_that_is_not_there_needs_an_input(gpt2, text_file):
+    done = gpt2("train", "--resume", "--out", "runs/typo")
+    assert done.code == 1 and done.err == "error: runs/typo holds no run: give INPUT to start one there\n"
+    for name in ("runs/mine", "elsewhere/other"):
+        assert gpt2("train", text_file, *QUICK, "--steps", 1, "--out", name, "--resume").code == 0
+    assert "name one of: runs/mine\n" in gpt2("train", "--resume", "--out", "runs/typo").err
+    assert "name one of: elsewhere/other, runs/mine\n" in gpt2("train", "--resume", "--out", "elsewhere/typo").err
+    assert not Path("runs/typo").exists()
+
+
+def test_other_data_is_told_from_data_that_changed(gpt2, text_file):
+    cache = ("--cache-dir", "cache")
+    assert gpt2("train", text_file, *QUICK, *cache, "--steps", 1, "--out", "run").code == 0
+    Path("other.txt").write_text("Something else. " * 5000)
+    resume = ("--resume", "--out", "run", *cache)
+    done = gpt2("train", "other.txt", *resume)
+    assert done.code == 1 and f"error: other.txt is not the data run was trained on ({text_file}): leave INPUT" in done.err
+    text_file.write_text(text_file.read_text() + "more")
+    assert gpt2("train", *resume, "--steps", 2).code == 0, "what was tokenized before is still in the cache"
+    shutil.rmtree("cache")
+    for given in ((), ("input.txt",)):
+        done = gpt2("train", *given, *resume)
+        assert done.code == 1 and f"error: {text_file} is no longer the data run was trained on: start a new" in done.err

@@ -138,6 +138,8 @@ def decide(context: typer.Context) -> Plan:
         if values["resume"] and not (out and not (out / "run.json").exists()):
             changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
             return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized)
+        if values["resume"] and data is None:  # more likely a slip of the pen than a wish for Shakespeare
+            raise UserError(f"{out} holds no run: give INPUT to start one there{runs_near(out)}")
         if values["resume"]:
             console.note(f"{out} holds no run yet: starting from zero")
         if data is None:
@@ -153,6 +155,14 @@ def decide(context: typer.Context) -> Plan:
             on_tokenize=bars.tokenized,
             on_download=bars.downloaded,
         )
+
+
+def runs_near(out: Path) -> str:
+    """The end of an error about a run that is not there: those that are, the last written first."""
+    from gpt2cli import checkpoint
+
+    there = dict.fromkeys(str(run) for parent in (out.parent, Path("runs")) for run in checkpoint.runs(parent))
+    return f", or name one of: {', '.join([*there][:5])}" if there else ""
 
 
 def source_of(context: typer.Context, name: str) -> str:
