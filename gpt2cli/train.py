@@ -100,7 +100,7 @@ class Run:
         self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
         self._events: list[str] = []
         self.owes_a_save = False  # one was due while updates were refused
-        self._last_error: OSError | None = None  # of a save
+        self._last_error: OSError | None = None  # of a save that has not been made up for
         self._go_to(plan.resume_from)
         self.saved_step = self.progress.step
         if plan.train.compile == "on":
@@ -273,15 +273,20 @@ class Run:
 
     @property
     def wants_a_look(self) -> bool:
-        return self.owes_a_save or self.writer.has_failed or self.writer.retry_is_due()
+        waited = self._last_error is not None and not self.writer.waits
+        return waited or self.owes_a_save or self.writer.has_failed or self.writer.retry_is_due()
 
     def news(self) -> list[str]:
-        """What happened since this was asked before, a failed save included."""
-        if failure := self.writer.failure():
-            self._last_error = failure
+        """What happened since this was asked before. A save that waits is told once, not at each attempt."""
+        failure, before = self.writer.failure(), self._last_error
+        self._last_error = failure or before
+        if failure and not (before and atomic.is_full(before) == atomic.is_full(failure)):
             stands = next((f"{f} stands" for f in checkpoint.checkpoints(self.plan.out)), "there is no checkpoint yet")
             mend = ": free some space" if atomic.is_full(failure) else ""
             self._tell("save failed", f"could not save: {failure}; {stands}, and it will be tried again{mend}")
+        if self._last_error and not self.writer.waits:
+            self._last_error = None
+            self._tell("saved", "saved after all")
         told, self._events = self._events, []
         return told
 
@@ -316,9 +321,9 @@ class Run:
             unsaved = self.saved_step != self.progress.step or self.writer.needs_retry
             saved = self.save(at_the_end=True) if unsaved else None
             self.writer.wait()
-            news = self.news()
+            saved, news = None if self.writer.needs_retry else saved, self.news()
             if measured and (saved or news):
-                yield replace(measured, saved=None if self.writer.needs_retry else saved, events=news)
+                yield replace(measured, saved=saved, events=news)
             if not self.writer.needs_retry:
                 return
             if self._last_error and not atomic.is_full(self._last_error):

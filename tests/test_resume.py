@@ -2,12 +2,13 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gpt2cli import UserError, checkpoint, train
+from gpt2cli import UserError, checkpoint, metrics, train, writer
 from gpt2cli.resume import resume_plan
 
 from .conftest import QUICK
@@ -120,3 +121,25 @@ def test_other_data_is_told_from_data_that_changed(gpt2, text_file):
     for given in ((), ("input.txt",)):
         done = gpt2("train", *given, *resume)
         assert done.code == 1 and f"error: {text_file} is no longer the data run was trained on: start a new" in done.err
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_save_that_waits_for_the_disk_is_told_once_and_when_it_is_there(text_file, monkeypatch, at_the_end):
+    write, tries = checkpoint.write, []
+
+    def full(run, state):
+        tries.append(state.progress.step)
+        if len(tries) <= 4:
+            raise OSError(28, "No space left on device")
+        return write(run, state)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
+    config = {"steps": 20, "save_every": 20 if at_the_end else 2, "eval_every": 0}
+    events = []
+    for step in train(new_plan(text_file, "run", **config)):
+        time.sleep(0.02)  # for the disk
+        events += step.events
+    assert len(tries) >= 5 and (tries[4] == 20) == at_the_end
+    assert len(events) == 2 and events[0].startswith("could not save") and events[1] == "saved after all"
+    assert [line["event"] for line in metrics.read(Path("run")) if "event" in line] == ["save failed", "saved"]
