@@ -20,8 +20,8 @@ from gpt2cli.tokenizer import Encoding
 
 # Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
 FREE = (
-    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "spike", "max_rollbacks",
-    "deterministic",
+    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "sample_prompt", "spike",
+    "max_rollbacks", "deterministic",
 )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Recor
     later = [folder for folder in checkpoint.checkpoints(out) if checkpoint.step_of(folder) > done]
     notes += [f"{folder} is damaged and will be set aside as {checkpoint.aside(folder).name}" for folder in later]
     for name, (old, new) in changed.items():
-        notes.append(f"{name} changed from {old} to {new}{_other_lr(done, run.train, train) if name == 'steps' else ''}")
+        notes.append(f"{name} changed from {old!r} to {new!r}{_other_lr(done, run.train, train) if name == 'steps' else ''}")
     had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(torch.device(train.device))
     for name in ("torch", "device"):
         if isinstance(had, dict) and had.get(name) != has[name]:

@@ -143,3 +143,15 @@ def test_a_save_that_waits_for_the_disk_is_told_once_and_when_it_is_there(text_f
     assert len(tries) >= 5 and (tries[4] == 20) == at_the_end
     assert len(events) == 2 and events[0].startswith("could not save") and events[1] == "saved after all"
     assert [line["event"] for line in metrics.read(Path("run")) if "event" in line] == ["save failed", "saved"]
+
+
+# ==== what is remembered ====
+
+
+def test_the_prompt_of_samples_is_remembered_and_may_be_changed(gpt2, text_file):
+    options = (*QUICK, "--steps", 1, "--sample-every", 1, "--sample-prompt", "KING.", "--out", "run")
+    assert "--- step 1 ---\nKING." in gpt2("train", text_file, *options).err
+    assert "--- step 2 ---\nKING." in gpt2("train", "--resume", "--out", "run", "--steps", 2).err
+    changed = gpt2("train", "--resume", "--out", "run", "--steps", 3, "--sample-prompt", "O\n")
+    assert "sample_prompt changed from 'KING.' to 'O\\n'" in changed.err and "--- step 3 ---\nO\n" in changed.err
+    assert "--- step 1 ---\nO\n" in gpt2("train", "--config", "run/run.json", "--steps", 1, "--out", "again").err

@@ -82,7 +82,7 @@ def command(
     eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
-    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
+    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = TRAIN.sample_prompt,
     val_fraction: Annotated[float, option(DATA, "Part of a text, at its end, held out.")] = TRAIN.val_fraction,
     plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", "--plain")] = TRAIN.plain,
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
@@ -120,7 +120,7 @@ def command(
     if verify_resume and not dry_run:
         prove(plan)
     else:
-        carry_out(plan, stop, dry_run, sample_prompt)
+        carry_out(plan, stop, dry_run)
 
 
 def decide(context: typer.Context) -> Plan:
@@ -204,12 +204,12 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) -> None:
+def carry_out(plan: Plan, stop: StopRequest, dry_run: bool) -> None:
     from gpt2cli import device
     from gpt2cli.commands import console
     from gpt2cli.train import train
 
-    sample = sampler(plan, sample_prompt)
+    sample = sampler(plan)
     rate = device.matmul_rate(plan.device, plan.train.dtype)
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
@@ -284,12 +284,11 @@ class StopRequest:
         return bool(self.number or self.by)
 
 
-def sampler(plan: Plan, prompt: str) -> Any:
-    """What `train` calls to look at the model: one continuation of `prompt`."""
+def sampler(plan: Plan) -> Any:
+    """What `train` calls to look at the model: one continuation of the prompt."""
     from gpt2cli.generate import SamplingConfig, generate
 
-    encoding = plan.encoding
-
+    encoding, prompt = plan.encoding, plan.train.sample_prompt
     ids = encoding.encode(prompt, special=True)
     if plan.train.sample_every and not 0 < len(ids) <= plan.model.block_size:
         raise UserError(f"--sample-prompt has {len(ids):,} tokens; expected 1 to {plan.model.block_size:,}")
