@@ -110,8 +110,8 @@ def write_evaluation(folder: Path, val_loss: float, val_bits_per_byte: float | N
 
 
 def prune(run: Path, step: int) -> None:
-    """Delete all but the newest two checkpoints and the best, of those up to `step`: later ones are torn, or from before a
-    rollback, and are written again when the run gets there."""
+    """Delete all but the newest two checkpoints and the best, of those up to `step`: later ones are from before a rollback,
+    and are written again when the run gets there."""
     done = [folder for folder in checkpoints(run) if step_of(folder) <= step]
     try:
         keep = {*done[:1], *[folder for folder in done if not was_stopped(folder)][:KEEP], best(run)}
@@ -173,7 +173,7 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def latest(run: Path, on_skip: Callable[[str], None]) -> Path | None:
+def latest(run: Path, on_skip: Callable[[str], None] = lambda message: None) -> Path | None:
     """The newest checkpoint that is whole; each one skipped is told to `on_skip`."""
     return next((folder for folder in checkpoints(run) if is_whole(folder, on_skip)), None)
 
@@ -184,9 +184,16 @@ def is_whole(folder: Path, on_skip: Callable[[str], None] = lambda message: None
         atomic.read_json(folder / "training.json")
         evaluation(folder)
     except UserError as error:
-        on_skip(f"skipping a torn checkpoint: {error}")
+        on_skip(f"skipping {folder}: {error}")
         return False
     return True
+
+
+def aside(folder: Path) -> Path:
+    """Where a damaged checkpoint is moved when a run goes on without it: under a name that counts for nothing, so that it
+    neither takes the place of a good one nor is deleted."""
+    names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in itertools.count())
+    return next(path for path in names if not path.exists())
 
 
 def was_stopped(folder: Path) -> bool:
@@ -247,7 +254,10 @@ def find_model(name: str | None, progress: huggingface.Progress | None = None) -
             raise UserError("there is no run under runs/: train one with 'gpt2 train', or name a model, such as gpt2")
         name = str(newest[0])
     if (Path(name) / "run.json").is_file():
-        folder = best(Path(name))
+        try:
+            folder = best(Path(name))
+        except UserError as error:
+            raise UserError(f"{error}{_instead(Path(name))}") from None
         if folder is None:
             raise UserError(f"{name} has no checkpoint yet: continue it with 'gpt2 train --resume --out {name}'")
         return folder
@@ -268,7 +278,16 @@ def find_encoding(folder: Path, vocab_size: int) -> tuple[Encoding, bool]:
 def load(name: str | None, progress: huggingface.Progress | None = None) -> Loaded:
     """The model and tokenizer that MODEL means, see `find_model`, in evaluation mode on the CPU."""
     folder = find_model(name, progress)
-    atomic.check_seal(folder, names={"tokenizer.json", "tokenizer_config.json"})
-    model = GPT.from_pretrained(folder).eval()
-    encoding, embedded = find_encoding(folder, model.config.vocab_size)
+    try:
+        atomic.check_seal(folder, names={"tokenizer.json", "tokenizer_config.json"})
+        model = GPT.from_pretrained(folder).eval()
+        encoding, embedded = find_encoding(folder, model.config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}{_instead(folder.parent) if not is_whole(folder) else ''}") from None
     return Loaded(model, encoding, folder, embedded)
+
+
+def _instead(run: Path) -> str:
+    """The end of an error about a damaged checkpoint: one that is whole."""
+    other = latest(run)
+    return f"; {other} is whole: name that one" if other else ""

@@ -133,6 +133,7 @@ class TrainConfig:
     eval_every: int = 50
     save_every: int = 100
     sample_every: int = 0
+    sample_prompt: str = "\n"  # what samples begin with
     eval_tokens: int = 16384  # validation tokens an evaluation looks at, spread evenly; 0 means all
     # data
     val_fraction: float = 0.05  # of a text

@@ -1,5 +1,14 @@
-"""The one exception that is shown to people."""
+"""The one exception that is shown to people, and how sizes are written in it."""
 
 
 class UserError(Exception):
     """A mistake the user can mend: says what was found, what was expected and what to run. Shown as one line, exit 1."""
+
+
+def size(count: float) -> str:
+    """1536000 -> 1.5 MB"""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2cli.config import CHOICES
+from gpt2cli.config import CHOICES, TrainConfig
 from gpt2cli.device import has_bf16
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
@@ -18,7 +18,7 @@ BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020, appendix B)
 
 def make_optimizers(model: GPT, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
     """`adamw` for all parameters; or `muon` for the matrices inside the blocks, and AdamW for the rest. Matrices decay,
-    biases and LayerNorms do not. The learning rate is set at each step, see `lr_at`."""
+    biases and LayerNorms do not. The learning rate is set at each step, see `planned_lr`."""
     if name not in CHOICES["optimizer"]:
         raise UserError(f"--optimizer {name} is unknown; expected {', '.join(CHOICES['optimizer'])}")
     hidden = {n: p for n, p in model.named_parameters() if name == "muon" and n.startswith("h.") and p.dim() == 2}
@@ -76,6 +76,18 @@ def orthogonalize(G: Tensor) -> Tensor:
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return (X if G.shape[1] <= G.shape[2] else X.mT).to(G.dtype)
+
+
+def planned_lr(step: int, train: TrainConfig) -> float:
+    """`lr_at` of a plan's settings."""
+    return lr_at(
+        step,
+        steps=train.steps or 0,
+        lr=train.lr or 0.0,
+        min_lr=train.min_lr or 0.0,
+        warmup_steps=train.warmup_steps or 0,
+        schedule=train.schedule,
+    )
 
 
 def lr_at(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:

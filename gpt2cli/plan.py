@@ -17,7 +17,7 @@ import torch
 
 from gpt2cli import __version__, atomic, checkpoint, corpus, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, size
 from gpt2cli.formats import huggingface
 from gpt2cli.loss import CHUNK as loss_rows
 from gpt2cli.shards import Tokens, check, count_tokens, find_shards, fingerprint
@@ -107,7 +107,7 @@ class Plan:
             return f"{what}: use a smaller --seq-len, --n-layer or --n-embd, in a new run"
         less = replace(self, train=replace(self.train, batch_size=B)).memory
         return (
-            f"{what}, about {self.memory / 1e9:.1f} GB. --batch-size {B} needs about {less / 1e9:.1f} GB and learns the same: "
+            f"{what}, about {size(self.memory)}. --batch-size {B} needs about {size(less)} and learns the same: "
             f"gpt2 train --resume --out {self.out} --batch-size {B}"
         )
 
@@ -331,12 +331,12 @@ def _check_room(plan: Plan) -> list[str]:
     free = shutil.disk_usage(there).free
     if free < plan.checkpoint_bytes:
         raise UserError(
-            f"the disk of {plan.out} has {free / 1e9:.1f} GB free, but one checkpoint needs "
-            f"{plan.checkpoint_bytes / 1e9:.1f} GB: give --out on another disk"
+            f"the disk of {plan.out} has {size(free)} free, but one checkpoint needs {size(plan.checkpoint_bytes)}: "
+            "give --out on another disk"
         )
     if free < plan.disk:
-        notes.append(f"the disk has {free / 1e9:.1f} GB free, but the checkpoints may need {plan.disk / 1e9:.1f} GB")
+        notes.append(f"the disk has {size(free)} free, but the checkpoints may need {size(plan.disk)}")
     total = device.memory_total(plan.device)
     if total and plan.memory > total:
-        notes.append(f"about {plan.memory / 1e9:.1f} GB of memory needed, {total / 1e9:.1f} GB there: lower --batch-size")
+        notes.append(f"about {size(plan.memory)} of memory needed, {size(total)} there: lower --batch-size")
     return notes

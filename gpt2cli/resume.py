@@ -13,6 +13,7 @@ from gpt2cli import atomic, checkpoint, device, documents, metrics
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
+from gpt2cli.optim import planned_lr
 from gpt2cli.plan import Plan, find_tokens, provenance
 from gpt2cli.shards import check, count_tokens, fingerprint
 from gpt2cli.survey import Progress
@@ -20,8 +21,8 @@ from gpt2cli.tokenizer import Encoding
 
 # Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
 FREE = (
-    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "spike", "max_rollbacks",
-    "deterministic",
+    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "sample_prompt", "spike",
+    "max_rollbacks", "deterministic",
 )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def resume_plan(
         source = data if data is not None else None if run.given == str(documents.EMBEDDED) else atomic.from_home(run.given)
         tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
     if fingerprint(tokens) != run.data_sha256:
-        raise UserError(f"the data is not what {out} was trained on ({run.given} changed?); start a new run with another --out")
+        raise UserError(f"{_other_data(out, data, run.given)} start a new run with another --out")
     train_tokens, val_tokens = count_tokens(tokens)
     before, now = asdict(run.train), asdict(train)
     changed = {name: [before[name], now[name]] for name in before if before[name] != now[name]}
@@ -116,7 +117,7 @@ def resume_plan(
         resume_from=start,
         sessions=run.sessions,
         changed=changed,
-        notes=tuple(_notes(out, start, changed, run, torch.device(train.device))),
+        notes=tuple(_notes(out, start, changed, run, train)),
     )
 
 
@@ -141,6 +142,12 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
     return replace(train, device=device.pick_device(train.device).type)
 
 
+def _other_data(out: Path, data: str | Path | None, given: str) -> str:
+    if data is None or Path(data).resolve() == atomic.from_home(given).resolve():
+        return f"{given} is no longer the data {out} was trained on:"
+    return f"{data} is not the data {out} was trained on ({given}): leave INPUT out to go on with that, or"
+
+
 def _intact(tokens: Path) -> bool:
     try:
         check(tokens)
@@ -149,11 +156,15 @@ def _intact(tokens: Path) -> bool:
     return tokens.is_dir()
 
 
-def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, where: torch.device) -> list[str]:
+def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, train: TrainConfig) -> list[str]:
     """What is different from the session before; most of it makes the run equal only up to rounding."""
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
-    notes += [f"{name} changed from {old} to {new}" for name, (old, new) in changed.items()]
-    had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(where)
+    done = checkpoint.step_of(start) if start else 0
+    later = [folder for folder in checkpoint.checkpoints(out) if checkpoint.step_of(folder) > done]
+    notes += [f"{folder} is damaged and will be set aside as {checkpoint.aside(folder).name}" for folder in later]
+    for name, (old, new) in changed.items():
+        notes.append(f"{name} changed from {old!r} to {new!r}{_other_lr(done, run.train, train) if name == 'steps' else ''}")
+    had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(torch.device(train.device))
     for name in ("torch", "device"):
         if isinstance(had, dict) and had.get(name) != has[name]:
             notes.append(f"{name} was {had.get(name)} and is {has[name]}: the run goes on, but perhaps not bit for bit")
@@ -161,3 +172,14 @@ def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Recor
     if isinstance(log, dict) and log and not metrics.unchanged(out, log):
         notes.append(f"{out / metrics.NAME} was changed since the checkpoint was saved: its lines are kept as they are")
     return notes
+
+
+def _other_lr(done: int, before: TrainConfig, now: TrainConfig) -> str:
+    """The schedule is stretched over all steps, so that another number of them moves the learning rate at once."""
+    old_steps, new_steps = before.steps or 0, now.steps or 0
+    old = f"{planned_lr(min(done, old_steps - 1), before):.1e}"
+    new = f"{planned_lr(done, now):.1e}"
+    if done == new_steps or new == old:
+        return ""
+    would = "the old schedule ended at" if done >= old_steps else "the old schedule had"
+    return f": the learning rate of step {done + 1:,} is {new}, where {would} {old}"

@@ -24,7 +24,7 @@ from gpt2cli.formats import huggingface
 from gpt2cli.guard import Guard
 from gpt2cli.metrics import LOGGED, MetricsLog, StepMetrics
 from gpt2cli.model import GPT
-from gpt2cli.optim import lr_at, make_optimizers
+from gpt2cli.optim import make_optimizers, planned_lr
 from gpt2cli.plan import Plan
 from gpt2cli.shards import Tokens
 from gpt2cli.step import train_step, validate
@@ -100,7 +100,7 @@ class Run:
         self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
         self._events: list[str] = []
         self.owes_a_save = False  # one was due while updates were refused
-        self._last_error: OSError | None = None  # of a save
+        self._last_error: OSError | None = None  # of a save that has not been made up for
         self._go_to(plan.resume_from)
         self.saved_step = self.progress.step
         if plan.train.compile == "on":
@@ -115,9 +115,11 @@ class Run:
         out = self.plan.out
         if self.plan.sessions is None and (out / "run.json").exists():
             raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}'")
-        for folder in checkpoint.checkpoints(out):
-            if checkpoint.step_of(folder) > self.plan.first_step and checkpoint.is_whole(folder):
-                raise UserError(f"{out} has got to {folder.name} in the meantime: run it again")
+        later = [f for f in checkpoint.checkpoints(out) if checkpoint.step_of(f) > self.plan.first_step]
+        if got_to := next((f.name for f in later if checkpoint.is_whole(f)), None):
+            raise UserError(f"{out} has got to {got_to} in the meantime: run it again")
+        for folder in later:
+            folder.rename(checkpoint.aside(folder))
 
     def _go_to(self, folder: Path | None) -> None:
         """The state of a checkpoint, or of the very beginning."""
@@ -156,14 +158,7 @@ class Run:
         started = time.perf_counter()
         config, where = self.plan.train, self.plan.device
         batches = [self.loader.next_batch() for _ in range(self.plan.accumulation)]
-        self._lr = lr_at(
-            self.progress.step,
-            steps=self.plan.steps,
-            lr=config.lr or 0.0,
-            min_lr=config.min_lr or 0.0,
-            warmup_steps=config.warmup_steps or 0,
-            schedule=config.schedule,
-        )
+        self._lr = planned_lr(self.progress.step, config)
         try:
             self._loss, self._grad_norm = train_step(
                 self.model,
@@ -278,15 +273,20 @@ class Run:
 
     @property
     def wants_a_look(self) -> bool:
-        return self.owes_a_save or self.writer.has_failed or self.writer.retry_is_due()
+        waited = self._last_error is not None and not self.writer.waits
+        return waited or self.owes_a_save or self.writer.has_failed or self.writer.retry_is_due()
 
     def news(self) -> list[str]:
-        """What happened since this was asked before, a failed save included."""
-        if failure := self.writer.failure():
-            self._last_error = failure
+        """What happened since this was asked before. A save that waits is told once, not at each attempt."""
+        failure, before = self.writer.failure(), self._last_error
+        self._last_error = failure or before
+        if failure and not (before and atomic.is_full(before) == atomic.is_full(failure)):
             stands = next((f"{f} stands" for f in checkpoint.checkpoints(self.plan.out)), "there is no checkpoint yet")
             mend = ": free some space" if atomic.is_full(failure) else ""
             self._tell("save failed", f"could not save: {failure}; {stands}, and it will be tried again{mend}")
+        if self._last_error and not self.writer.waits:
+            self._last_error = None
+            self._tell("saved", "saved after all")
         told, self._events = self._events, []
         return told
 
@@ -321,9 +321,9 @@ class Run:
             unsaved = self.saved_step != self.progress.step or self.writer.needs_retry
             saved = self.save(at_the_end=True) if unsaved else None
             self.writer.wait()
-            news = self.news()
+            saved, news = None if self.writer.needs_retry else saved, self.news()
             if measured and (saved or news):
-                yield replace(measured, saved=None if self.writer.needs_retry else saved, events=news)
+                yield replace(measured, saved=saved, events=news)
             if not self.writer.needs_retry:
                 return
             if self._last_error and not atomic.is_full(self._last_error):

@@ -35,6 +35,7 @@ class Writer:
         self._failures: list[OSError] = []
         self._evaluations: dict[int, tuple[float, float | None]] = {}  # of steps, not written yet
         self._retry_at = math.inf
+        self.waits = False  # a save failed, and none has succeeded since
 
     def save(self, state: checkpoint.Snapshot) -> Path:
         """Returns at once, with the folder it will be, unless the one before is still being written."""
@@ -61,6 +62,7 @@ class Writer:
 
     def fail(self, error: OSError) -> None:
         self._failures.append(error)
+        self.waits = True
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
     @property
@@ -94,6 +96,7 @@ class Writer:
         except OSError as error:
             self.fail(error)
             return
+        self.waits = False
         self._write_evaluations()
         with contextlib.suppress(OSError):  # then there is one too many
             checkpoint.prune(self.run, state.progress.step)

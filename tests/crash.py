@@ -75,7 +75,7 @@ def outcome(run: Path) -> dict[str, Any]:
     # A save that was tried again comes after its step's evaluation instead of before it.
     losses = progress.pop("best_loss"), checkpoint.evaluation(last).get("val_loss")
     progress["best_loss"] = min((loss for loss in losses if loss is not None), default=None)
-    lines = [line for line in metrics.read(run) if line.get("event") != "save failed"]
+    lines = [line for line in metrics.read(run) if line.get("event") not in ("save failed", "saved")]
     log = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     return {"step": last.name, "progress": progress, "files": files, "log": log}
 

@@ -111,9 +111,17 @@ def test_a_run_that_got_further_between_plan_and_lock_is_not_overwritten(text_fi
 def test_max_minutes_saves_and_stops_as_sigterm_does(gpt2, text_file):
     done = gpt2("train", text_file, *QUICK, "--steps", 100000, "--max-minutes", 0.02, "--out", "run")
     assert done.code == 143 and done.out == "run\n" and "--resume" in done.err
+    assert "stopped by --max-minutes 0.02 after step" in done.err
     (saved,) = checkpoint.checkpoints(Path("run"))
     steps = [line["step"] for line in metrics.read(Path("run")) if "loss" in line]
     assert steps == list(range(1, checkpoint.step_of(saved) + 1))
+
+
+def test_a_limit_that_is_over_before_the_first_step_still_gets_somewhere(gpt2, text_file):
+    for step in (1, 2):
+        done = gpt2("train", text_file, *QUICK, "--steps", 3, "--max-minutes", 0, "--out", "run", "--resume")
+        assert done.code == 143 and f"stopped by --max-minutes 0 after step {step}, which is saved" in done.err
+    assert gpt2("train", "--max-minutes", 0, "--out", "run", "--resume").code == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

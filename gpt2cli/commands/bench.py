@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, size
 
 app = typer.Typer(help="Time attention kernels, training, sampling and tokenizing on this machine.", no_args_is_help=False)
 
@@ -109,7 +109,7 @@ def train(
                 f"{row.tokens_per_second:,.0f}",
                 f"{row.flops / 1e9:,.0f}",
                 f"{row.mfu:.0%}",
-                console.size(row.memory_peak),
+                size(row.memory_peak),
             )
         ],
     )

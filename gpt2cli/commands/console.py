@@ -17,6 +17,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from gpt2cli.errors import size
+
 if TYPE_CHECKING:
     from gpt2cli.metrics import StepMetrics
     from gpt2cli.plan import Plan
@@ -48,15 +50,6 @@ def seconds(value: float) -> str:
     minutes, s = divmod(int(value + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def size(count: float) -> str:
-    """1536000 -> 1.5 MB"""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 class Bars:
@@ -101,7 +94,7 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
         ("data", f"{plan.data}: {plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"),
         ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
                   f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"
-                  + (f"; {plan.first_step:,} are done" if plan.first_step else "")),
+                  + (f"; goes on after step {plan.first_step:,}, from {plan.resume_from}" if plan.resume_from else "")),
         ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
         ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),

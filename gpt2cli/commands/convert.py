@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, size
 
 
 def command(
@@ -44,7 +44,7 @@ def command(
     with console.Bars() as bars:
         result = convert(name, out, force=force, progress=bars.downloaded)
     console.note(
-        f"{result.parameters:,} parameters, {result.dtype}, {console.size(result.bytes)}; {result.tensors} tensors equal bit "
+        f"{result.parameters:,} parameters, {result.dtype}, {size(result.bytes)}; {result.tensors} tensors equal bit "
         f"for bit after reading back; logits within {result.logits_error:.1e} of transformers'"
     )
     console.note(f"model.safetensors sha256 {result.files['model.safetensors']}")

@@ -82,7 +82,7 @@ def command(
     eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
-    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = "\n",
+    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = TRAIN.sample_prompt,
     val_fraction: Annotated[float, option(DATA, "Part of a text held out.")] = TRAIN.val_fraction,
     plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", "--plain")] = TRAIN.plain,
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
@@ -123,7 +123,7 @@ def command(
     if verify_resume and not dry_run:
         prove(plan)
     else:
-        carry_out(plan, stop, dry_run, sample_prompt)
+        carry_out(plan, stop, dry_run)
 
 
 def decide(context: typer.Context) -> Plan:
@@ -141,6 +141,8 @@ def decide(context: typer.Context) -> Plan:
         if values["resume"] and not (out and not (out / "run.json").exists()):
             changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
             return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized)
+        if values["resume"] and data is None:  # more likely a slip of the pen than a wish for Shakespeare
+            raise UserError(f"{out} holds no run: give INPUT to start one there{runs_near(out)}")
         if values["resume"]:
             console.note(f"{out} holds no run yet: starting from zero")
         if data is None:
@@ -156,6 +158,14 @@ def decide(context: typer.Context) -> Plan:
             on_tokenize=bars.tokenized,
             on_download=bars.downloaded,
         )
+
+
+def runs_near(out: Path) -> str:
+    """The end of an error about a run that is not there: those that are, the last written first."""
+    from gpt2cli import checkpoint
+
+    there = dict.fromkeys(str(run) for parent in (out.parent, Path("runs")) for run in checkpoint.runs(parent))
+    return f", or name one of: {', '.join([*there][:5])}" if there else ""
 
 
 def source_of(context: typer.Context, name: str) -> str:
@@ -197,12 +207,12 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) -> None:
+def carry_out(plan: Plan, stop: StopRequest, dry_run: bool) -> None:
     from gpt2cli import device
     from gpt2cli.commands import console
     from gpt2cli.train import train
 
-    sample = sampler(plan, sample_prompt)
+    sample = sampler(plan)
     rate = device.matmul_rate(plan.device, plan.train.dtype)
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
@@ -216,8 +226,8 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, sample_prompt: str) 
     step = last.step if last else plan.first_step
     if step < plan.steps:
         done = f"after step {step:,}, which is saved" if step else "before the first step"
-        console.note(f"stopped {done}; continue with: gpt2 train --resume --out {plan.out}")
-        raise typer.Exit(128 + stop.number)
+        console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}")
+        raise typer.Exit(128 + (stop.number or signal.SIGTERM))
     if last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
@@ -244,6 +254,9 @@ class StopRequest:
 
     def __init__(self, max_minutes: float | None) -> None:
         self.number = 0  # of the signal
+        self.by = ""  # --max-minutes, where no signal came first
+        self._began = False
+        self._max_minutes = max_minutes
         self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> StopRequest:
@@ -267,17 +280,18 @@ class StopRequest:
             console.note("finishing this step, then saving; once more to leave at once")
 
     def asked(self) -> bool:
-        if not self.number and time.monotonic() >= self._end:
-            self.number = signal.SIGTERM
-        return bool(self.number)
+        """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
+        if self._began and not self.number and time.monotonic() >= self._end:
+            self.by = f" by --max-minutes {self._max_minutes:g}"
+        self._began = True
+        return bool(self.number or self.by)
 
 
-def sampler(plan: Plan, prompt: str) -> Any:
-    """What `train` calls to look at the model: one continuation of `prompt`."""
+def sampler(plan: Plan) -> Any:
+    """What `train` calls to look at the model: one continuation of the prompt."""
     from gpt2cli.generate import SamplingConfig, generate
 
-    encoding = plan.encoding
-
+    encoding, prompt = plan.encoding, plan.train.sample_prompt
     ids = encoding.encode(prompt, special=True)
     if plan.train.sample_every and not 0 < len(ids) <= plan.model.block_size:
         raise UserError(f"--sample-prompt has {len(ids):,} tokens; expected 1 to {plan.model.block_size:,}")
