@@ -17,17 +17,18 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from gpt2cli import __version__, atomic, documents, encode
+from gpt2cli import __version__, atomic, documents, encode, vocabulary
 from gpt2cli.documents import Text
 from gpt2cli.encode import Encoder
 from gpt2cli.errors import UserError
-from gpt2cli.pieces import Piece, Place, cut_up, split_tail
+from gpt2cli.pieces import Piece, Place, Settle, cut_up, split_tail
 from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
 from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
 from gpt2cli.tokenizer import Encoding
 
 PARALLEL_FROM = 16 << 20  # below this many bytes starting workers costs more than it saves
 FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
+VOCABULARY_BYTES = 200_000_000  # of a text, to train a vocabulary on
 SAVE_SECONDS = 5.0
 
 
@@ -173,7 +174,7 @@ class Job:
             folder = work / "tokens"
             state = self._state_before(work, folder)
             if self.train_vocab:
-                self.encoding = self._own_vocabulary(folder)
+                self.encoding = self._own_vocabulary(folder, self.train_vocab)
             elif self.encoding.sha256 != Encoding.gpt2().sha256:
                 self.encoding.save(folder)
             if self.encoding.n_vocab > 1 << 16:
@@ -196,7 +197,7 @@ class Job:
         ]
         saved = time.monotonic()
         count = workers or (os.cpu_count() or 1 if self.seen.size - state.bytes >= PARALLEL_FROM else 1)
-        pieces = self._pieces(state)
+        pieces = self._pieces(state, partial(encode.settle, encoding=self.encoding))
         try:
             for batch, ids in encode.encode_all(encode.batches(pieces), encoder, count):
                 for piece, held_out in batch:
@@ -220,9 +221,8 @@ class Job:
             writer.close()
         return writers
 
-    def _pieces(self, state: State) -> Iterator[tuple[Piece, bool]]:
+    def _pieces(self, state: State, settle: Settle | None = None) -> Iterator[tuple[Piece, bool]]:
         """What is left, each with whether it is held out."""
-        settle = partial(encode.settle, encoding=self.encoding)
 
         def all_texts() -> Iterator[Piece]:
             for n, text in enumerate(self.texts):
@@ -250,10 +250,25 @@ class Job:
         folder.mkdir()
         return State(self.key)
 
-    def _own_vocabulary(self, folder: Path) -> Encoding:
-        if (folder / "tokenizer.json").is_file() and (known := Encoding.from_folder(folder)):
-            return known
-        raise NotImplementedError
+    def _own_vocabulary(self, folder: Path, n_vocab: int) -> Encoding:
+        """The vocabulary trained on the training split (the 200 MB of it that are spread evenly), kept for work that is
+        interrupted."""
+        with contextlib.suppress(UserError):
+            if known := Encoding.from_folder(folder):
+                return known
+        step = max(1, self.seen.size // VOCABULARY_BYTES)
+
+        def texts() -> Iterator[str]:
+            size = 0
+            for n, (piece, held_out) in enumerate(self._pieces(State(self.key))):
+                size += piece.bytes
+                self.progress("training the vocabulary", size, self.seen.size)
+                if n % step == 0 and not held_out:
+                    yield piece.data.decode("utf-8", self.policy.errors)
+
+        encoding = vocabulary.train(texts(), n_vocab)
+        encoding.save(folder)
+        return encoding
 
     def _check_room(self, out: Path, tokens_per_byte: float, state: State) -> None:
         """Raises UserError where the disk is too small for the shards, as guessed from a sample."""

@@ -42,6 +42,9 @@ class Settled:
     then: int
 
 
+Settle = Callable[[bytes], Settled]
+
+
 @dataclass(frozen=True)
 class Piece:
     data: bytes
@@ -60,7 +63,7 @@ def cut_up(
     plain: bool,
     inside: bool,
     start: Place = Place(),
-    settle: Callable[[bytes], Settled] | None = None,
+    settle: Settle | None = None,
 ) -> Iterator[Piece]:
     """The pieces of one text. `inside`: the offset of a chunk is a byte, so that reading may go on in the middle of one.
     Without `settle` long runs are cut anywhere, which is enough to count bytes."""
@@ -97,9 +100,7 @@ def cut_up(
             rest, key, expects = b"", None, None
 
 
-def _next(
-    document: bytes, begin: int, closed: bool, settle: Callable[[bytes], Settled] | None
-) -> tuple[int, list[int] | None, int | None]:
+def _next(document: bytes, begin: int, closed: bool, settle: Settle | None) -> tuple[int, list[int] | None, int | None]:
     """Where the next piece of a document ends; `begin` where more of it must be read first."""
     size = len(document) - begin
     if closed and size <= BLOCK:

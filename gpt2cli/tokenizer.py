@@ -75,17 +75,24 @@ class Encoding:
         data = resources.files("gpt2cli").joinpath("assets/vocab.bpe").read_bytes()
         if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
             raise UserError("the package's vocab.bpe is damaged; reinstall gpt2cli")
-        merges = parse_merges(data.decode().splitlines()[1:])
+        return Encoding.from_merges(data.decode().splitlines()[1:])
+
+    @staticmethod
+    def from_merges(lines: Iterable[str]) -> Encoding:
+        """The vocabulary that GPT-2's numbering makes of merges, as `merges.txt` writes them (`Ġ t`): 0 to 255 are the bytes,
+        then one id a merge, and `<|endoftext|>` last."""
+        merges = parse_merges(lines)
         tokens = [bytes([byte]) for byte in byte_of_character().values()] + [left + right for left, right in merges]
         return Encoding({token: n for n, token in enumerate(tokens)}, merges, eot=len(tokens))
 
     @staticmethod
     def from_folder(folder: Path) -> Encoding | None:
-        """The byte-level BPE in a model folder (`tokenizer.json`, or `vocab.json` and `merges.txt`), or None where there
-        is none. Raises UserError for a tokenizer of another kind."""
+        """The byte-level BPE in a folder of a model or of tokens (`tokenizer.json`, or `vocab.json` and `merges.txt`), or in
+        a `tokenizer.json` itself; None where there is none. Raises UserError for a tokenizer of another kind."""
         try:
-            if (folder / "tokenizer.json").is_file():
-                return _from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), folder)
+            file = folder if folder.is_file() else folder / "tokenizer.json"
+            if file.is_file():
+                return _from_tokenizer_json(json.loads(file.read_text(encoding="utf-8")), folder)
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()

@@ -11,7 +11,7 @@ import gpt2cli
 HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "documents", "pieces", "survey", "encode",
-    "corpus", "device", "formats", "loss", "model", "data", "optim",
+    "vocabulary", "corpus", "device", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench",
     "commands",
 ]  # fmt: skip
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "pieces": "documents tokenizer",
     "survey": "config documents pieces",
     "encode": "pieces tokenizer",
-    "corpus": "atomic documents encode pieces shards survey tokenizer",
+    "vocabulary": "tokenizer",
+    "corpus": "atomic documents encode pieces shards survey tokenizer vocabulary",
     "device": "",
     "formats": "atomic config tokenizer",
     "loss": "",
@@ -49,6 +50,7 @@ LIBRARIES = {
     "rich": ["commands/console"],
     "tiktoken": ["tokenizer"],
     "gigatoken": ["encode"],
+    "tokenizers": ["vocabulary"],
     "pyarrow": ["documents"],
     "transformers": ["convert"],
     "huggingface_hub": ["formats/huggingface"],
