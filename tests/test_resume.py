@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2cli import UserError, checkpoint, metrics, train, writer
+from gpt2cli import UserError, atomic, checkpoint, metrics, train, writer
 from gpt2cli.resume import resume_plan
 
 from .conftest import QUICK
@@ -155,3 +155,15 @@ def test_the_prompt_of_samples_is_remembered_and_may_be_changed(gpt2, text_file)
     changed = gpt2("train", "--resume", "--out", "run", "--steps", 3, "--sample-prompt", "O\n")
     assert "sample_prompt changed from 'KING.' to 'O\\n'" in changed.err and "--- step 3 ---\nO\n" in changed.err
     assert "--- step 1 ---\nO\n" in gpt2("train", "--config", "run/run.json", "--steps", 1, "--out", "again").err
+
+
+def test_an_extended_run_is_repeated_with_its_last_settings_and_says_which_session_changed_what(gpt2, text_file):
+    assert gpt2("train", text_file, *QUICK, "--steps", 2, "--out", "run").code == 0
+    assert gpt2("train", "--resume", "--out", "run", "--steps", 4, "--save-every", 3).code == 0
+    record = atomic.read_sealed(Path("run/run.json"))
+    assert record["asked"]["steps"] == 2 and record["train"]["steps"] == 4
+    assert [s["changed"] for s in record["sessions"]] == [{}, {"steps": [2, 4], "save_every": [100, 3]}]
+    done = gpt2("train", "--config", "run/run.json", "--out", "again")
+    assert done.code == 0 and "step 4/4" in done.err
+    again = atomic.read_sealed(Path("again/run.json"))
+    assert again["train"] == record["train"] and again["asked"]["steps"] == 4
