@@ -166,7 +166,14 @@ class Encoding:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return self.decode_bytes(list(ids)).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of token ids. Raises UserError for an id outside the vocabulary."""
+        try:
+            return self._bpe.decode_bytes(ids)
+        except (KeyError, OverflowError):
+            return b"".join(map(self.token_bytes, ids))  # which names the id
 
     def token_bytes(self, token: int) -> bytes:
         try:
@@ -202,6 +209,9 @@ class StreamDecoder:
 
     def feed(self, token: int) -> str:
         return self._utf8.decode(self._encoding.token_bytes(token))
+
+    def feed_all(self, tokens: Sequence[int]) -> str:
+        return self._utf8.decode(self._encoding.decode_bytes(tokens))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

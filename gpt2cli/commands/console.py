@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -178,3 +178,39 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         drawn.add_row(*row)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(drawn)
+
+
+# ==== tokens ====
+
+
+def show_tokens(tokens: Iterable[tuple[int, bytes]]) -> None:
+    """Ids and bytes on stdout: in colour where it is a terminal that has any, else one a line, as `id<TAB>JSON string`."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if console.is_terminal and console.color_system and not console.no_color:
+        _draw_tokens(tokens, console)
+        return
+    lines: dict[int, str] = {}  # the same few thousand come again and again
+    for n, token in tokens:
+        if n not in lines:
+            quoted = json.dumps(token.decode("utf-8", "backslashreplace"), ensure_ascii=False)
+            lines[n] = f"{n}\t{_printable(quoted)}\n"
+        sys.stdout.write(lines[n])
+    sys.stdout.flush()  # now, while a closed pipe is still ours to notice
+
+
+def _draw_tokens(tokens: Iterable[tuple[int, bytes]], console: Console) -> None:
+    """The text with two backgrounds in turn, each token's id behind it; lines break where the text's do."""
+    drawn = Text()
+    for place, (n, token) in enumerate(tokens):
+        drawn.append(_printable(token.decode("utf-8", "backslashreplace")), "black on yellow" if place % 2 else "black on cyan")
+        drawn.append(f"{n} ", "dim")
+        breaks = token.endswith(b"\n")
+        if breaks or len(drawn) > 4096:
+            console.print(drawn, end="\n" if breaks else "")
+            drawn = Text()
+    console.print(drawn, end="\n" if drawn else "")
+
+
+def _printable(text: str) -> str:
+    """Line breaks, control characters and the like as JSON writes them: none reaches the terminal."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
