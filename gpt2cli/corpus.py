@@ -24,7 +24,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.pieces import Piece, Place, Settle, cut_up, split_tail
 from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
 from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
-from gpt2cli.tokenizer import Encoding
+from gpt2cli.tokenizer import END_OF_TEXT, Encoding
 
 PARALLEL_FROM = 16 << 20  # below this many bytes starting workers costs more than it saves
 FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
@@ -121,6 +121,19 @@ def cached(
 
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2cli"
+
+
+def texts(inputs: Sequence[Path], policy: Policy) -> Iterator[str]:
+    """The text of `inputs` in pieces, each cut where the pre-tokenizer cuts, `<|endoftext|>` before all documents but the
+    first."""
+    with documents.opened(inputs, policy.format, policy.field, Path()) as opened:
+        begun = False
+        for text in opened:
+            for piece in cut_up(documents.Surveyed(text, policy.errors), plain=policy.plain, inside=text.kind == "text"):
+                if piece.starts and begun:
+                    yield END_OF_TEXT
+                begun = True
+                yield piece.data.decode("utf-8", policy.errors)
 
 
 def finished(out: Path, key: str) -> Manifest | None:

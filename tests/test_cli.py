@@ -353,3 +353,37 @@ def test_damaged_weights_are_refused(gpt2, run_folder, damage, says):
     path.write_bytes(damage(path.read_bytes()))
     done = gpt2("sample", "model", "--prompt", "x")
     assert done.code == 1 and says in done.err and "model.safetensors" in done.err
+
+
+# ==== tokenize, beside what test_corpus.py has ====
+
+
+def test_a_vocabulary_of_ones_own_goes_with_the_shards(gpt2, text_file):
+    done = gpt2("tokenize", text_file, "--train-vocab", 500, "--out", "own", "--json")
+    assert json.loads(done.out)["vocab_size"] == 500 and Path("own/tokenizer.json").is_file()
+    start = text_file.read_text(encoding="utf-8")[:24]
+    assert gpt2("tokenize", "--decode", "own/train_000000.bin", "--range", "1:40").out.startswith(start)
+    assert gpt2("tokenize", text_file, "--tokenizer", "own", "--out", "again").code == 0
+    assert Path("again/train_000000.bin").read_bytes() == Path("own/train_000000.bin").read_bytes()
+    shown = gpt2("tokenize", text_file, "--tokenizer", "own", "--show").out.splitlines()
+    assert "".join(json.loads(line.split("\t")[1]) for line in shown).startswith(start)
+    assert gpt2("tokenize", "--decode", "15496", "995").out == "Hello world\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("input.txt", "--train-vocab", "500", "--tokenizer", "own"), "both say what the vocabulary is"),
+        (("input.txt", "--train-vocab", "12"), "a vocabulary has 257 to"),
+        (("input.txt", "--train-vocab", "60000"), "too small for a vocabulary of 60,000"),
+        (("input.txt", "--tokenizer", "nowhere"), "nowhere holds no tokenizer.json"),
+        (("input.txt", "--range", "0:3"), "--range is for --decode"),
+        (("input.txt", "--decode"), "input.txt is not a token shard"),
+        (("input.txt", "--to", "gguf"), "--to is 'gguf'"),
+        (("input.txt", "--format", "csv"), "--format is 'csv'"),
+        (("nowhere.txt",), "nowhere.txt does not exist"),
+    ],
+)
+def test_tokenize_says_what_is_wrong(gpt2, text_file, arguments, says):
+    done = gpt2("tokenize", *arguments)
+    assert done.code == 1 and says in done.err and not done.out

@@ -474,3 +474,37 @@ def test_nanogpts_files_are_its_own(tmp_path, text_file):
     data = np.memmap(tmp_path / "out" / "train.bin", dtype=np.uint16, mode="r")  # as its train.py opens it
     run([text_file], tmp_path / "ours", Policy())
     assert data.tolist() == ids_of(tmp_path / "ours") == ids_of(tmp_path / "out")
+
+
+# ==== with a vocabulary of one's own ====
+
+
+def test_an_own_vocabulary_is_of_the_training_split_and_goes_on_after_an_interrupt(tmp_path, blocks, monkeypatch, shakespeare):
+    blocks(4000)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0.0)
+    text = shakespeare[:60_000] + " zyzzogeton" * 1000  # the tail has a word of its own
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    policy = Policy(val_fraction=0.15, split="tail")
+    whole = run([tmp_path / "a.txt"], tmp_path / "whole", policy, train_vocab=600)
+    own = Encoding.from_folder(tmp_path / "whole")
+    assert own.n_vocab == 600 == whole.vocab_size and own.sha256 == whole.tokenizer_sha256
+    assert not any(b"zyz" in token for token in own.ids)
+    train, val = ids_of(tmp_path / "whole"), ids_of(tmp_path / "whole", "val")
+    assert train[0] == val[0] == own.eot == 599 and train[1:] + val[1:] == own.encode(text)
+
+    once, trained = encode.encode_batch, []
+
+    def interrupted(batch, *rest):
+        if len(trained) < 5:
+            trained.append(1)
+            return once(batch, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode, "encode_batch", interrupted)
+        run([tmp_path / "a.txt"], tmp_path / "out", policy, train_vocab=600)
+    monkeypatch.setattr("gpt2cli.vocabulary.train", None)  # it is not trained again
+    assert run([tmp_path / "a.txt"], tmp_path / "out", policy, train_vocab=600) == whole
+    assert same_shards(tmp_path / "whole", tmp_path / "out")
+    with pytest.raises(UserError, match="already exists"):
+        run([tmp_path / "a.txt"], tmp_path / "out", policy, train_vocab=601)

@@ -221,6 +221,7 @@ def test_a_shard_is_read_with_the_vocabulary_beside_it(capsys, text_file, tmp_pa
     own = vocabulary.train([text], 500)
     corpus.tokenize([text_file], tmp_path / "own", encoding=own)
     shard = tmp_path / "own" / "train_000000.bin"
+    (tmp_path / "own" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"another vocabulary than this one of 50,257"):
         decoded(capsys, shard, tokens_range="0:100")
     given = decoded(capsys, shard, tokens_range="0:100", encoding=own)

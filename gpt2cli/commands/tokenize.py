@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpt2cli.commands import show as looking
 from gpt2cli.config import CHOICES, TrainConfig
+from gpt2cli.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2cli.tokenizer import Encoding
 
 DATA, VOCABULARY, MACHINE, LOOKING = "Data", "Vocabulary", "Machine", "Looking, without writing shards"
 DEFAULT = TrainConfig()
@@ -20,7 +25,7 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 def command(
     inputs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="INPUT...",
             help="Files of text, .jsonl or .parquet, each also .gz; folders of them; - for stdin.",
@@ -45,6 +50,20 @@ def command(
         str, option(DATA, "Bytes that are not UTF-8: stop, or put U+FFFD.", metavar="|".join(CHOICES["errors"]))
     ] = DEFAULT.errors,
     shard_tokens: Annotated[int, option(DATA, "Tokens of a full shard.")] = 100_000_000,
+    train_vocab: Annotated[
+        int | None,
+        option(VOCABULARY, "Train a vocabulary of so many ids on the text, in place of GPT-2's.", show_default="none"),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, option(VOCABULARY, "Use that of a model or tokens folder, or a tokenizer.json.", show_default="GPT-2's")
+    ] = None,
+    show: Annotated[bool, option(LOOKING, "Print the text token by token, with the ids.", "--show")] = False,
+    decode: Annotated[
+        bool, option(LOOKING, "INPUT is ids, - for ids on stdin, or a token shard: print their text.", "--decode")
+    ] = False,
+    tokens_range: Annotated[
+        str | None, option(LOOKING, "Of the shard to decode.", "--range", metavar="START:END", show_default="all")
+    ] = None,
     workers: Annotated[int | None, option(MACHINE, "Processes; by default what pays.", show_default="auto")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.")] = False,
 ) -> None:
@@ -56,17 +75,27 @@ def command(
     from gpt2cli import corpus
     from gpt2cli.commands import console
     from gpt2cli.survey import Policy
-    from gpt2cli.tokenizer import Encoding
 
+    if train_vocab and tokenizer:
+        raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
+    if tokens_range is not None and not decode:
+        raise UserError("--range is for --decode")
+    encoding = find_encoding(tokenizer)
+    policy = Policy(val_fraction, plain, errors, split, format, field)
+    paths = [Path(path) for path in inputs]
+    if decode:
+        return looking.decode(inputs, tokens_range, encoding if tokenizer else None)
+    if show:
+        return looking.show(corpus.texts(paths, policy), encoding, plain=plain)
     if out is None:
-        first = inputs[0].resolve()
-        out = Path(f"{first.name.split('.')[0] or 'text'}-tokens")
+        out = Path(f"{paths[0].resolve().name.split('.')[0] or 'text'}-tokens")
     with console.Bars() as bars:
         manifest = corpus.tokenize(
-            inputs,
+            paths,
             out,
-            encoding=Encoding.gpt2(),
-            policy=Policy(val_fraction, plain, errors, split, format, field),
+            encoding=encoding,
+            policy=policy,
+            train_vocab=train_vocab,
             layout=to,
             workers=workers,
             shard_tokens=shard_tokens,
@@ -80,3 +109,14 @@ def command(
         console.print_json(asdict(manifest) | {"out": str(out)})
     else:
         print(out)
+
+
+def find_encoding(path: Path | None) -> Encoding:
+    from gpt2cli.tokenizer import Encoding
+
+    if path is None:
+        return Encoding.gpt2()
+    found = Encoding.from_folder(path)
+    if found is None:
+        raise UserError(f"{path} holds no tokenizer.json; expected a model folder, a tokens folder with its own vocabulary")
+    return found
