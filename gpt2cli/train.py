@@ -92,8 +92,9 @@ class Run:
         self.model.to_empty(device=plan.device)
         self.optimizers = make_optimizers(self.model, plan.train.optimizer, plan.train.weight_decay)
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.train.dtype == "fp16")
-        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, Tokens.open(plan.tokens, "train"), seed=plan.train.seed)
-        self.val_tokens = Tokens.open(plan.tokens, "val") if plan.val_tokens else None
+        data = Tokens.open(plan.tokens, "train", plan.model.vocab_size)
+        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, data, seed=plan.train.seed)
+        self.val_tokens = Tokens.open(plan.tokens, "val", plan.model.vocab_size) if plan.val_tokens else None
         # A model may know more ids than its tokenizer; they stand for no text.
         self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)
         self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())
