@@ -20,7 +20,7 @@ from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.loss import CHUNK as loss_rows
-from gpt2cli.shards import Tokens, check, count_tokens, find_shards, fingerprint
+from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, to_json
 from gpt2cli.tokenizer import Encoding
 
 DEFAULT_SEQ_LEN = 256
@@ -32,16 +32,12 @@ class Plan:
     """A run, decided. `train` holds no `None` and no `auto`."""
 
     out: Path
-    data: str  # as given
-    tokens: Path  # folder of shards
-    data_sha256: str
+    sources: tuple[Source, ...]  # of the data
     model: GPTConfig
     train: TrainConfig
     encoding: Encoding
     init_from: str | None
     init_sha256: str | None  # of its weights
-    train_tokens: int
-    val_tokens: int
     asked: Mapping[str, Any]  # the options that were given, before anything was decided
     resume_from: Path | None = None
     sessions: tuple[Any, ...] | None = None  # of a run that goes on: what `run.json` says of those before
@@ -51,6 +47,18 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return torch.device(self.train.device)
+
+    @property
+    def data_sha256(self) -> str:
+        return data_sha256(self.sources)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(source.train_tokens for source in self.sources)
+
+    @property
+    def val_tokens(self) -> int:
+        return sum(source.val_tokens for source in self.sources)
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +127,7 @@ class Plan:
             "made_with": provenance(self.device),
         }
         return {
-            "data": {"given": atomic.to_home(self.data), "sha256": self.data_sha256, "tokens": atomic.to_home(self.tokens)},
+            "data": to_json(self.sources),
             "init_from": self.init_from and atomic.to_home(self.init_from),
             "init_sha256": self.init_sha256,
             "asked": dict(self.asked),
@@ -154,7 +162,7 @@ def _commit(checkout: Path) -> str | None:
 
 
 def make_plan(
-    data: str | Path | None = None,
+    data: Given | None = None,
     shape: Mapping[str, Any] | None = None,
     train: TrainConfig = TrainConfig(),
     *,
@@ -165,12 +173,12 @@ def make_plan(
     on_tokenize: corpus.Progress = lambda done, total: None,
     on_download: huggingface.Progress | None = None,
 ) -> Plan:
-    """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; the embedded Shakespeare
-    where None. `shape` has the fields of GPTConfig that were chosen.
+    """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; a mapping from such paths to
+    their weights; the embedded Shakespeare where None. `shape` has the fields of GPTConfig that were chosen.
 
     Raises UserError for anything that would stop the run later.
     """
-    out = out or checkpoint.free_name(Path(data or corpus.EMBEDDED))
+    out = out or checkpoint.free_name(Path("mixture" if isinstance(data, Mapping) else data or corpus.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
     # What begins with a dot is a lock or a torn file of a run that was killed before it began.
@@ -192,26 +200,21 @@ def make_plan(
             notes.append(f"{start} brings no tokenizer: GPT-2's is used")
     model, train = _decide_shape(dict(shape or {}), train, preset, start, encoding, notes)
 
-    tokens, data_sha256 = find_tokens(data, train, encoding, cache, on_tokenize)
-    train_tokens, val_tokens = count_tokens(tokens)
-    if not val_tokens:
+    sources = find_sources(data, train, encoding, cache, on_tokenize)
+    if not any(source.val_tokens for source in sources):
         notes.append("no validation split: the newest checkpoint counts as the best")
-    _check_ids(tokens, model.vocab_size, encoding)
+    check_sources(sources, train.seq_len or 1, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
     device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)
-    train = _decide_length(train, model, train_tokens, bool(start), notes)
+    train = _decide_length(train, model, sum(source.train_tokens for source in sources), bool(start), notes)
     plan = Plan(
         out=out,
-        data=str(data or corpus.EMBEDDED),
-        tokens=tokens,
-        data_sha256=data_sha256,
+        sources=sources,
         model=model,
         train=train,
         encoding=encoding,
         init_from=str(start) if start else None,
         init_sha256=huggingface.weights_sha256(start) if start else None,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
         asked=asked,
     )
     return replace(plan, notes=tuple(notes + _check_room(plan)))
@@ -241,37 +244,6 @@ def _decide_shape(
     if not start and seq_len < model.block_size:
         notes.append(f"rows have {seq_len} tokens: positions {seq_len} to {model.block_size - 1} are never trained")
     return model, replace(train, seq_len=seq_len)
-
-
-def find_tokens(
-    data: str | Path | None,
-    train: TrainConfig,
-    encoding: Encoding,
-    cache: Path | None,
-    on_tokenize: corpus.Progress,
-) -> tuple[Path, str]:
-    """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
-    path = Path(data) if data is not None else corpus.EMBEDDED
-    if path.is_dir() and (find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file()):
-        check(path)
-        folder = path.resolve()
-    else:
-        policy = corpus.Policy(train.val_fraction, train.plain, train.errors)
-        folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=policy, progress=on_tokenize)
-    return folder, fingerprint(folder)
-
-
-def _check_ids(folder: Path, vocab_size: int, encoding: Encoding) -> None:
-    """Raises UserError for shards of another tokenizer, or, where they do not tell, with ids the model does not know."""
-    if (folder / "manifest.json").is_file():
-        made_with = atomic.read_sealed(folder / "manifest.json").get("tokenizer_sha256")
-        if made_with == encoding.sha256:
-            return
-        if made_with:
-            raise UserError(f"{folder} was tokenized with another vocabulary than the model's: tokenize the text again")
-    for split in ("train", "val"):
-        if find_shards(folder, split):
-            Tokens.open(folder, split, vocab_size).check()
 
 
 def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -> TrainConfig:

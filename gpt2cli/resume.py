@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, corpus, device, metrics
+from gpt2cli import atomic, checkpoint, corpus, device, metrics, sources
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
-from gpt2cli.plan import Plan, find_tokens, provenance
-from gpt2cli.shards import check, count_tokens, fingerprint
+from gpt2cli.plan import Plan, provenance
+from gpt2cli.shards import check
 from gpt2cli.tokenizer import Encoding
 
 # Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
@@ -28,9 +28,7 @@ FREE = (
 class Record:
     """What `run.json` says of the sessions before."""
 
-    given: str  # the data
-    data_sha256: str
-    tokens: Path
+    data: sources.Record
     model: GPTConfig
     train: TrainConfig
     init_from: str | None
@@ -43,9 +41,7 @@ class Record:
         run = atomic.read_sealed(out / "run.json")
         try:
             return cls(
-                given=str(run["data"]["given"]),
-                data_sha256=run["data"]["sha256"],
-                tokens=atomic.from_home(run["data"]["tokens"]),
+                data=sources.Record.read(run["data"]),
                 model=from_dict(GPTConfig, run["model"], f"{out / 'run.json'}"),
                 train=from_dict(TrainConfig, run["train"], f"{out / 'run.json'}"),
                 init_from=run["init_from"] and str(atomic.from_home(run["init_from"])),
@@ -61,7 +57,7 @@ def resume_plan(
     out: Path | None,
     changes: Mapping[str, Any],
     *,
-    data: str | Path | None = None,
+    data: sources.Given | None = None,
     cache: Path | None = None,
     on_skip: Callable[[str], None] = lambda message: None,
     on_tokenize: corpus.Progress = lambda done, total: None,
@@ -90,27 +86,26 @@ def resume_plan(
     encoding = Encoding.gpt2()
     if model_folder := start or (Path(run.init_from) if run.init_from else None):
         encoding, _ = checkpoint.find_encoding(model_folder, run.model.vocab_size)
-    tokens = run.tokens
-    if data is not None or not _intact(tokens):
-        source = data if data is not None else None if run.given == str(corpus.EMBEDDED) else atomic.from_home(run.given)
-        tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
-    if fingerprint(tokens) != run.data_sha256:
-        raise UserError(f"the data is not what {out} was trained on ({run.given} changed?); start a new run with another --out")
-    train_tokens, val_tokens = count_tokens(tokens)
+    if data is not None or not all(_intact(tokens) for tokens in run.data.tokens.values()):
+        found_sources = sources.find_sources(data or run.data.given, train, encoding, cache, on_tokenize)
+    else:
+        found_sources = sources.make_sources(run.data.given, run.data.tokens)
+    if sources.data_sha256(found_sources) != run.data.sha256:
+        had = " and ".join(run.data.given)
+        weights = " or the weights" if len(run.data.given) > 1 or isinstance(data, Mapping) else ""
+        raise UserError(
+            f"the data is not what {out} was trained on ({had}{weights} changed?); start a new run with another --out"
+        )
     before, now = asdict(run.train), asdict(train)
     changed = {name: [before[name], now[name]] for name in before if before[name] != now[name]}
     return Plan(
         out=out,
-        data=run.given,
-        tokens=tokens,
-        data_sha256=run.data_sha256,
+        sources=found_sources,
         model=run.model,
         train=train,
         encoding=encoding,
         init_from=run.init_from,
         init_sha256=run.init_sha256,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
         asked=run.asked,
         resume_from=start,
         sessions=run.sessions,

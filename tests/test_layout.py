@@ -11,8 +11,8 @@ import gpt2cli
 HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "corpus", "device", "formats", "loss", "model", "data", "optim",
-    "guard", "metrics", "checkpoint", "writer", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench",
-    "commands",
+    "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify", "generate", "convert",
+    "bench", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": [],
@@ -30,8 +30,21 @@ MAY_IMPORT = {
     "metrics": ["atomic"],
     "checkpoint": ["atomic", "config", "formats", "guard", "model", "tokenizer"],
     "writer": ["atomic", "checkpoint", "metrics"],
-    "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "shards", "tokenizer"],
-    "resume": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "metrics", "plan", "shards", "tokenizer"],
+    "sources": ["atomic", "config", "corpus", "data", "shards", "tokenizer"],
+    "plan": ["atomic", "checkpoint", "config", "corpus", "device", "formats", "loss", "sources", "tokenizer"],
+    "resume": [
+        "atomic",
+        "checkpoint",
+        "config",
+        "corpus",
+        "device",
+        "formats",
+        "metrics",
+        "plan",
+        "shards",
+        "sources",
+        "tokenizer",
+    ],
     "step": ["guard", "model"],
     "train": [
         "atomic",
@@ -44,7 +57,7 @@ MAY_IMPORT = {
         "model",
         "optim",
         "plan",
-        "shards",
+        "sources",
         "step",
         "writer",
     ],
