@@ -142,6 +142,7 @@ class TrainConfig:
     split: str = "auto"  # what is held out: hashed documents, the tail of the text, or what suits it
     format: str = "auto"  # of the text: text, jsonl or parquet; by default the file's name tells
     field: str = "text"  # of a JSON or parquet record
+    train_vocab: int | None = None  # ids of a vocabulary to be trained on the text, in place of GPT-2's
     seed: int = 1337
     # safety
     spike: float = 8.0  # standard deviations above the last updates' mean that make a loss or gradient norm bad; 0: none do

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from gpt2cli import __version__, atomic, checkpoint, corpus, device, documents
+from gpt2cli import __version__, atomic, checkpoint, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import huggingface
 from gpt2cli.loss import CHUNK as loss_rows
-from gpt2cli.shards import Tokens, check, count_tokens, find_shards, fingerprint
-from gpt2cli.survey import Policy, Progress
+from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
+from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
 
 DEFAULT_SEQ_LEN = 256
@@ -33,16 +33,12 @@ class Plan:
     """A run, decided. `train` holds no `None` and no `auto`."""
 
     out: Path
-    data: str  # as given
-    tokens: Path  # folder of shards
-    data_sha256: str
+    sources: tuple[Source, ...]  # of the data
     model: GPTConfig
     train: TrainConfig
     encoding: Encoding
     init_from: str | None
     init_sha256: str | None  # of its weights
-    train_tokens: int
-    val_tokens: int
     asked: Mapping[str, Any]  # the options that were given, before anything was decided
     resume_from: Path | None = None
     sessions: tuple[Any, ...] | None = None  # of a run that goes on: what `run.json` says of those before
@@ -52,6 +48,18 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return torch.device(self.train.device)
+
+    @property
+    def data_sha256(self) -> str:
+        return data_sha256(self.sources)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(source.train_tokens for source in self.sources)
+
+    @property
+    def val_tokens(self) -> int:
+        return sum(source.val_tokens for source in self.sources)
 
     @property
     def batch_size(self) -> int:
@@ -120,7 +128,7 @@ class Plan:
             "made_with": provenance(self.device),
         }
         return {
-            "data": {"given": atomic.to_home(self.data), "sha256": self.data_sha256, "tokens": atomic.to_home(self.tokens)},
+            "data": to_json(self.sources),
             "init_from": self.init_from and atomic.to_home(self.init_from),
             "init_sha256": self.init_sha256,
             "asked": dict(self.asked),
@@ -155,7 +163,7 @@ def _commit(checkout: Path) -> str | None:
 
 
 def make_plan(
-    data: str | Path | None = None,
+    data: Given | None = None,
     shape: Mapping[str, Any] | None = None,
     train: TrainConfig = TrainConfig(),
     *,
@@ -166,12 +174,12 @@ def make_plan(
     on_tokenize: Progress = lambda what, done, total: None,
     on_download: huggingface.Progress | None = None,
 ) -> Plan:
-    """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; the embedded Shakespeare
-    where None. `shape` has the fields of GPTConfig that were chosen.
+    """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; a mapping from such paths to
+    their weights; the embedded Shakespeare where None. `shape` has the fields of GPTConfig that were chosen.
 
     Raises UserError for anything that would stop the run later.
     """
-    out = out or checkpoint.free_name(Path(data or documents.EMBEDDED))
+    out = out or checkpoint.free_name(Path("mixture" if isinstance(data, Mapping) else data or documents.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
     # What begins with a dot is a lock or a torn file of a run that was killed before it began.
@@ -185,34 +193,27 @@ def make_plan(
     asked |= {name: value for name, value in vars(train).items() if value != getattr(TrainConfig(), name)}
     notes: list[str] = []
 
-    encoding = Encoding.gpt2()
-    if start:
-        known = huggingface.read_config(start)
-        encoding, embedded = checkpoint.find_encoding(start, known.vocab_size)
-        if embedded:
-            notes.append(f"{start} brings no tokenizer: GPT-2's is used")
-    model, train = _decide_shape(dict(shape or {}), train, preset, start, encoding, notes)
+    encoding = _decide_vocabulary(data, train, start, notes)
+    n_vocab = train.train_vocab or encoding.n_vocab
+    model, train = _decide_shape(dict(shape or {}), train, preset, start, n_vocab, notes)
 
-    tokens, data_sha256 = find_tokens(data, train, encoding, cache, on_tokenize)
-    train_tokens, val_tokens = count_tokens(tokens)
-    if not val_tokens:
+    sources = find_sources(data, train, encoding, cache, on_tokenize)
+    if train.train_vocab:
+        encoding = find_vocabulary([sources[0].tokens]) or encoding
+    if not any(source.val_tokens for source in sources):
         notes.append("no validation split: the newest checkpoint counts as the best")
-    _check_ids(tokens, model.vocab_size, encoding)
+    check_sources(sources, train.seq_len or 1, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
     device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)
-    train = _decide_length(train, model, train_tokens, bool(start), notes)
+    train = _decide_length(train, model, sum(source.train_tokens for source in sources), bool(start), notes)
     plan = Plan(
         out=out,
-        data=str(data or documents.EMBEDDED),
-        tokens=tokens,
-        data_sha256=data_sha256,
+        sources=sources,
         model=model,
         train=train,
         encoding=encoding,
         init_from=str(start) if start else None,
         init_sha256=huggingface.weights_sha256(start) if start else None,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
         asked=asked,
     )
     return replace(plan, notes=tuple(notes + _check_room(plan)))
@@ -221,8 +222,20 @@ def make_plan(
 # ==== the parts of a decision ====
 
 
+def _decide_vocabulary(data: Given | None, train: TrainConfig, start: Path | None, notes: list[str]) -> Encoding:
+    """That of the model to start from, or of data that is tokenized already, or GPT-2's."""
+    if start is None:
+        return find_vocabulary([Path(path) for path in weights_of(data)]) or Encoding.gpt2()
+    if train.train_vocab:
+        raise UserError(f"--train-vocab is for a model from scratch: {start} has its vocabulary")
+    encoding, embedded = checkpoint.find_encoding(start, huggingface.read_config(start).vocab_size)
+    if embedded:
+        notes.append(f"{start} brings no tokenizer: GPT-2's is used")
+    return encoding
+
+
 def _decide_shape(
-    shape: dict[str, Any], train: TrainConfig, preset: str, start: Path | None, encoding: Encoding, notes: list[str]
+    shape: dict[str, Any], train: TrainConfig, preset: str, start: Path | None, n_vocab: int, notes: list[str]
 ) -> tuple[GPTConfig, TrainConfig]:
     """The model, and T: from scratch the block size is the training length unless given."""
     if start:
@@ -235,44 +248,13 @@ def _decide_shape(
     else:
         chosen = PRESETS[preset] | shape
         chosen.setdefault("block_size", train.seq_len or DEFAULT_SEQ_LEN)
-        model = from_dict(GPTConfig, {"vocab_size": encoding.n_vocab} | chosen, "model")
+        model = from_dict(GPTConfig, {"vocab_size": n_vocab} | chosen, "model")
     seq_len = train.seq_len or min(model.block_size, 1024)
     if seq_len > model.block_size:
         raise UserError(f"--seq-len {seq_len} is longer than the model's context of {model.block_size}")
     if not start and seq_len < model.block_size:
         notes.append(f"rows have {seq_len} tokens: positions {seq_len} to {model.block_size - 1} are never trained")
     return model, replace(train, seq_len=seq_len)
-
-
-def find_tokens(
-    data: str | Path | None,
-    train: TrainConfig,
-    encoding: Encoding,
-    cache: Path | None,
-    on_tokenize: Progress,
-) -> tuple[Path, str]:
-    """The folder of shards of `data`, tokenized into the cache where it is text, and its fingerprint."""
-    path = Path(data) if data is not None else documents.EMBEDDED
-    if path.is_dir() and (find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file()):
-        check(path)
-        folder = path.resolve()
-    else:
-        policy = Policy(train.val_fraction, train.plain, train.errors, train.split, train.format, train.field)
-        folder = corpus.cached([path], cache or corpus.default_cache(), encoding=encoding, policy=policy, progress=on_tokenize)
-    return folder, fingerprint(folder)
-
-
-def _check_ids(folder: Path, vocab_size: int, encoding: Encoding) -> None:
-    """Raises UserError for shards of another tokenizer, or, where they do not tell, with ids the model does not know."""
-    if (folder / "manifest.json").is_file():
-        made_with = atomic.read_sealed(folder / "manifest.json").get("tokenizer_sha256")
-        if made_with == encoding.sha256:
-            return
-        if made_with:
-            raise UserError(f"{folder} was tokenized with another vocabulary than the model's: tokenize the text again")
-    for split in ("train", "val"):
-        if find_shards(folder, split) and (largest := Tokens.open(folder, split).largest()) >= vocab_size:
-            raise UserError(f"{folder}: its {split} shards hold id {largest:,}, but the model knows {vocab_size:,} ids")
 
 
 def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -> TrainConfig:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, device, documents, metrics
+from gpt2cli import atomic, checkpoint, device, metrics, sources
 from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.optim import planned_lr
-from gpt2cli.plan import Plan, find_tokens, provenance
-from gpt2cli.shards import check, count_tokens, fingerprint
+from gpt2cli.plan import Plan, provenance
+from gpt2cli.shards import check
 from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
 
@@ -30,9 +30,7 @@ FREE = (
 class Record:
     """What `run.json` says of the sessions before."""
 
-    given: str  # the data
-    data_sha256: str
-    tokens: Path
+    data: sources.Record
     model: GPTConfig
     train: TrainConfig
     init_from: str | None
@@ -45,9 +43,7 @@ class Record:
         run = atomic.read_sealed(out / "run.json")
         try:
             return cls(
-                given=str(run["data"]["given"]),
-                data_sha256=run["data"]["sha256"],
-                tokens=atomic.from_home(run["data"]["tokens"]),
+                data=sources.Record.read(run["data"]),
                 model=from_dict(GPTConfig, run["model"], f"{out / 'run.json'}"),
                 train=from_dict(TrainConfig, run["train"], f"{out / 'run.json'}"),
                 init_from=run["init_from"] and str(atomic.from_home(run["init_from"])),
@@ -63,7 +59,7 @@ def resume_plan(
     out: Path | None,
     changes: Mapping[str, Any],
     *,
-    data: str | Path | None = None,
+    data: sources.Given | None = None,
     cache: Path | None = None,
     on_skip: Callable[[str], None] = lambda message: None,
     on_tokenize: Progress = lambda what, done, total: None,
@@ -89,30 +85,27 @@ def resume_plan(
         raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
     if run.init_from and not start and huggingface.weights_sha256(Path(run.init_from)) != run.init_sha256:
         raise UserError(f"{out} has no checkpoint, and {run.init_from} is not the model it was started from: start a new run")
-    encoding = Encoding.gpt2()
+    encoding = sources.find_vocabulary(list(run.data.tokens.values())) or Encoding.gpt2()
     if model_folder := start or (Path(run.init_from) if run.init_from else None):
         encoding, _ = checkpoint.find_encoding(model_folder, run.model.vocab_size)
-    tokens = run.tokens
-    if data is not None or not _intact(tokens):
-        source = data if data is not None else None if run.given == str(documents.EMBEDDED) else atomic.from_home(run.given)
-        tokens, _ = find_tokens(source, train, encoding, cache, on_tokenize)
-    if fingerprint(tokens) != run.data_sha256:
-        raise UserError(f"{_other_data(out, data, run.given)} start a new run with another --out")
-    train_tokens, val_tokens = count_tokens(tokens)
+    if data is not None or not all(_intact(tokens) for tokens in run.data.tokens.values()):
+        found_sources = sources.find_sources(data or run.data.given, train, encoding, cache, on_tokenize)
+    else:
+        found_sources = sources.make_sources(run.data.given, run.data.tokens)
+    if sources.data_sha256(found_sources) != run.data.sha256:
+        raise UserError(f"{_other_data(out, data, run.data.given)} start a new run with another --out")
+    if not model_folder and train.train_vocab:
+        encoding = sources.find_vocabulary([found_sources[0].tokens]) or encoding
     before, now = asdict(run.train), asdict(train)
     changed = {name: [before[name], now[name]] for name in before if before[name] != now[name]}
     return Plan(
         out=out,
-        data=run.given,
-        tokens=tokens,
-        data_sha256=run.data_sha256,
+        sources=found_sources,
         model=run.model,
         train=train,
         encoding=encoding,
         init_from=run.init_from,
         init_sha256=run.init_sha256,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
         asked=run.asked,
         resume_from=start,
         sessions=run.sessions,
@@ -142,10 +135,14 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
     return replace(train, device=device.pick_device(train.device).type)
 
 
-def _other_data(out: Path, data: str | Path | None, given: str) -> str:
-    if data is None or Path(data).resolve() == atomic.from_home(given).resolve():
-        return f"{given} is no longer the data {out} was trained on:"
-    return f"{data} is not the data {out} was trained on ({given}): leave INPUT out to go on with that, or"
+def _other_data(out: Path, data: sources.Given | None, had: Mapping[str, float]) -> str:
+    given = " and ".join(had)
+    now = had if data is None else sources.weights_of(data)
+    if {Path(path).resolve() for path in now} == {Path(path).resolve() for path in had}:
+        weights = "" if len(had) == 1 else ", or its weights are others" if data else ", or a part of it"
+        return f"{given} is no longer the data {out} was trained on{weights}:"
+    what = "--data" if isinstance(data, Mapping) else "INPUT"
+    return f"{' and '.join(now)} is not the data {out} was trained on ({given}): leave {what} out to go on with that, or"
 
 
 def _intact(tokens: Path) -> bool:

@@ -26,7 +26,7 @@ from gpt2cli.metrics import LOGGED, MetricsLog, StepMetrics
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers, planned_lr
 from gpt2cli.plan import Plan
-from gpt2cli.shards import Tokens
+from gpt2cli.sources import open_train, open_val
 from gpt2cli.step import train_step, validate
 from gpt2cli.writer import Writer
 
@@ -92,8 +92,9 @@ class Run:
         self.model.to_empty(device=plan.device)
         self.optimizers = make_optimizers(self.model, plan.train.optimizer, plan.train.weight_decay)
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.train.dtype == "fp16")
-        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, Tokens.open(plan.tokens, "train"), seed=plan.train.seed)
-        self.val_tokens = Tokens.open(plan.tokens, "val") if plan.val_tokens else None
+        data = open_train(plan.sources, plan.model.vocab_size)
+        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, data, seed=plan.train.seed)
+        self.val_tokens = open_val(plan.sources, plan.model.vocab_size)
         # A model may know more ids than its tokenizer; they stand for no text.
         self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)
         self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())

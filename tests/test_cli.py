@@ -224,7 +224,7 @@ def test_a_full_disk_while_saving_is_told_and_training_goes_on(gpt2, text_file, 
     monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
     done = gpt2("train", text_file, *QUICK, "--steps", 8, "--save-every", 4, "--eval-every", 0, "--out", "run")
     assert (done.code, done.out) == (0, "run\n") and "No space left" in done.err and "tried again" in done.err
-    assert tries[0] == 4 and 4 < tries[1] < 8 and tries[-1] == 8
+    assert tries[0] == 4 < tries[1] and tries[-1] == 8
     assert [line["step"] for line in metrics_of("run") if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in metrics_of("run") if line.get("event") == "save failed"]
 

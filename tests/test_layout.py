@@ -12,8 +12,8 @@ HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "look", "documents", "pieces", "survey", "encode",
     "vocabulary", "corpus", "device", "formats", "loss", "model", "data", "optim",
-    "guard", "metrics", "checkpoint", "writer", "plan", "resume", "step", "train", "verify", "generate", "convert", "bench",
-    "commands",
+    "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify", "generate",
+    "convert", "bench", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": "",
@@ -37,10 +37,11 @@ MAY_IMPORT = {
     "metrics": "atomic",
     "checkpoint": "atomic config formats guard model tokenizer",
     "writer": "atomic checkpoint metrics",
-    "plan": "atomic checkpoint config corpus device documents formats loss shards survey tokenizer",
-    "resume": "atomic checkpoint config corpus device documents formats metrics optim plan shards survey tokenizer",
+    "sources": "atomic config corpus data documents shards survey tokenizer",
+    "plan": "atomic checkpoint config device documents formats loss sources survey tokenizer",
+    "resume": "atomic checkpoint config device documents formats metrics optim plan shards sources survey tokenizer",
     "step": "guard model",
-    "train": "atomic checkpoint data device formats guard metrics model optim plan shards step writer",
+    "train": "atomic checkpoint data device formats guard metrics model optim plan sources step writer",
     "verify": "atomic checkpoint plan resume train",
     "generate": "config model",
     "convert": "atomic checkpoint formats model tokenizer",

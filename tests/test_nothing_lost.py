@@ -210,7 +210,7 @@ def test_run_json_says_what_is_needed_to_repeat_it_and_no_home(text_file, monkey
     made_with = record["sessions"][0]["made_with"]
     assert torch.__version__.startswith(made_with["torch"])
     assert {"gpt2cli", "commit", "python", "numpy", "tiktoken", "safetensors", "platform", "device"} <= set(made_with)
-    assert resume_plan(Path("run"), {"steps": 2}).tokens == plan.tokens
+    assert resume_plan(Path("run"), {"steps": 2}).sources == plan.sources
 
 
 def test_verify_resume_proves_it_and_finds_what_is_not_so(gpt2, text_file, monkeypatch):
@@ -231,7 +231,7 @@ def test_verify_resume_proves_it_and_finds_what_is_not_so(gpt2, text_file, monke
 def test_a_cache_that_was_damaged_is_made_anew_and_damaged_shards_are_refused(gpt2, text_file, tmp_path):
     cache = tmp_path / "cache"
     plan = make_plan(text_file, SHAPE, TrainConfig(seq_len=32), out=Path("a"), cache=cache)
-    (shard,) = plan.tokens.glob("train*.bin")
+    (shard,) = plan.sources[0].tokens.glob("train*.bin")
     good = shard.read_bytes()
     for damaged in (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], good[:-2], None):
         if damaged is None:
@@ -475,7 +475,7 @@ def test_a_file_name_that_is_not_unicode_is_no_obstacle(text_file):
     except OSError:
         pytest.skip("this file system has only unicode names")
     list(train(new_plan(name, "run", steps=1)))
-    assert resume_plan(Path("run"), {"steps": 2}).data == name
+    assert resume_plan(Path("run"), {"steps": 2}).sources[0].given == name
 
 
 def test_a_run_that_diverges_again_and_again_stops_with_the_facts(gpt2, text_file, monkeypatch):

@@ -91,7 +91,7 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
     rows = [
         ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, context {model.block_size:,}: "
                   f"{model.num_parameters():,} parameters" + (f", from {plan.init_from}" if plan.init_from else "")),
-        ("data", f"{plan.data}: {plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"),
+        *data_rows(plan),
         ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
                   f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"
                   + (f"; goes on after step {plan.first_step:,}, from {plan.resume_from}" if plan.resume_from else "")),
@@ -104,6 +104,19 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
         stderr.print(Text.assemble((f"{name:<8}", "cyan"), value))
     for message in plan.notes:
         stderr.print(Text(f"note: {message}", style="yellow"))
+
+
+def data_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What is trained on; of a mixture every source, with its share of the rows and how often it will be seen."""
+    counts = f"{plan.train_tokens:,} training and {plan.val_tokens:,} validation tokens"
+    if len(plan.sources) == 1:
+        return [("data", f"{plan.sources[0].given}: {counts}")]
+    seen = plan.steps * plan.train.tokens_per_step
+    return [("data", f"{len(plan.sources)} sources: {counts}")] + [
+        ("", f"{source.share:.1%} {source.given}: {source.train_tokens:,} tokens, "
+             f"{seen * source.share / source.train_tokens:.2f} epochs")
+        for source in plan.sources
+    ]  # fmt: skip
 
 
 class TrainDisplay:

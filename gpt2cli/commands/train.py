@@ -83,12 +83,20 @@ def command(
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
     sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = TRAIN.sample_prompt,
+    mixture: Annotated[
+        list[str] | None,
+        option(DATA, "Instead of INPUT, once for each: a source and its weight.", "--data", metavar="PATH=WEIGHT"),
+    ] = None,
     val_fraction: Annotated[float, option(DATA, "Part of a text held out.")] = TRAIN.val_fraction,
     plain: Annotated[bool, option(DATA, "Encode a literal <|endoftext|> as text.", "--plain")] = TRAIN.plain,
     errors: Annotated[str, option(DATA, "Bytes that are not UTF-8.", metavar=choice("errors"))] = TRAIN.errors,
     split: Annotated[str, option(DATA, "What is held out of a text.", metavar=choice("split"))] = TRAIN.split,
     format: Annotated[str, option(DATA, "Of a text; auto: by its name.", metavar=choice("format"))] = TRAIN.format,
     field: Annotated[str, option(DATA, "Of a JSON or parquet record, where the text is.")] = TRAIN.field,
+    train_vocab: Annotated[
+        int | None,
+        option(DATA, "Train a vocabulary of so many ids on the text, in place of GPT-2's.", show_default="none"),
+    ] = TRAIN.train_vocab,
     seed: Annotated[int, option(DATA, "Of weights, dropout and the order of the data.")] = TRAIN.seed,
     cache_dir: Annotated[Path | None, option(DATA, "Where tokenized texts are kept; by default ~/.cache/gpt2cli.")] = None,
     spike: Annotated[
@@ -134,7 +142,11 @@ def decide(context: typer.Context) -> Plan:
 
     values = {name: value for name, value in context.params.items() if name not in overridden(context)}
     given = {name: value for name, value in values.items() if source_of(context, name) != "DEFAULT"}
-    data, out, cache = values["data"], values["out"], values["cache_dir"]
+    data, out, cache = values.get("data"), values["out"], values["cache_dir"]
+    if values.get("mixture"):
+        if data is not None:
+            raise UserError(f"INPUT ({data}) and --data both say what to train on: give one of them")
+        data = read_mixture(values["mixture"])
     if values["init_from"] and source_of(context, "preset") == "COMMANDLINE":
         raise UserError("--preset and --init-from both say what the model is: give one of them")
     with console.Bars() as bars:
@@ -177,8 +189,26 @@ def overridden(context: typer.Context) -> set[str]:
     """Settings of a file that the command line replaces by another name: --epochs the file's steps, and so on."""
     shape = ("n_layer", "n_head", "n_embd", "block_size")
     by = {"epochs": ("steps",), "steps": ("epochs",), "lr": ("min_lr",), "preset": shape}
+    by |= {"data": ("mixture",), "mixture": ("data",)}
     said = [name for name in by if source_of(context, name) == "COMMANDLINE"]
     return {other for name in said for other in by[name] if source_of(context, other) == "DEFAULT_MAP"}
+
+
+def read_mixture(options: Sequence[str]) -> dict[str, float]:
+    """["a=0.7", "b=0.3"] -> {"a": 0.7, "b": 0.3}; a path may hold a = itself."""
+    mixture: dict[str, float] = {}
+    for option in options:
+        path, _, weight = option.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not path or not math.isfinite(value):
+            raise UserError(f"--data {option}: expected a path and its weight, such as --data {path or option}=0.5")
+        if path in mixture:
+            raise UserError(f"--data {path} is given twice")
+        mixture[path] = value
+    return mixture
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -186,24 +216,33 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     options = {parameter.name for parameter in context.command.params} - {"config", "resume", "dry_run", "out", "verify_resume"}
+    options -= {"data", "mixture"}  # a file calls them input and data
     if path.suffix == ".toml":
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--config {path}: {error}") from None
         values = {name.replace("-", "_"): value for name, value in values.items()}
-        unknown = sorted(set(values) - (options - {"data"}) - {"input"})
+        unknown = sorted(set(values) - options - {"input", "data"})
         if unknown:
             raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
-        values["data"] = values.pop("input", None)
+        if "data" in values and "input" in values:
+            raise UserError(f"--config {path}: input and data both say what to train on: give one of them")
+        data = values.pop("data", values.pop("input", None))
     else:
         run = read_json(path)  # not its seal: here it is a settings file, which people edit
         try:
             start = run["init_from"] and str(from_home(run["init_from"]))
-            values = run["model"] | run["train"] | {"data": str(from_home(run["data"]["given"])), "init_from": start}
+            values, data = run["model"] | run["train"] | {"init_from": start}, run["data"]["given"]
+            data = {str(from_home(p)): w for p, w in data.items()} if isinstance(data, dict) else str(from_home(data))
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
     context.default_map = {name: value for name, value in values.items() if name in options and value is not None}
+    if data is not None:
+        mixture = [f"{p}={w}" for p, w in data.items()] if isinstance(data, dict) else data
+        if not isinstance(mixture, str | list):
+            raise UserError(f"--config {path}: data is {data!r}; expected a table of paths and weights")
+        context.default_map["data" if isinstance(mixture, str) else "mixture"] = mixture
     return path
 
 
