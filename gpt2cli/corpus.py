@@ -50,7 +50,7 @@ class Manifest:
     train_bytes: int
     val_bytes: int
     documents: int
-    shards: dict[str, str]  # name -> sha256
+    files: dict[str, str]  # name -> sha256
 
 
 @dataclass
@@ -195,13 +195,13 @@ class Job:
             sample = self.seen.sample if self.seen.size >= FAST_FROM else []
             chosen = encode.choose(self.encoding, self.policy.errors, sample, fast=self.fast)
             self._check_room(out, chosen.tokens / sum(map(len, sample)) if sample else 1.0, state)
-            writers = self._encode(state, work, folder, chosen.encoder, workers)
-            manifest = self._manifest(state, writers, chosen.name)
+            self._encode(state, work, folder, chosen.encoder, workers)
+            manifest = self._manifest(state, folder, chosen.name)
             atomic.write_sealed(folder / "manifest.json", asdict(manifest))
             atomic.install(folder, out)
         return manifest
 
-    def _encode(self, state: State, work: Path, folder: Path, encoder: Encoder, workers: int | None) -> list[ShardWriter]:
+    def _encode(self, state: State, work: Path, folder: Path, encoder: Encoder, workers: int | None) -> None:
         headers = self.layout == "llmc"
         room = self.shard_tokens if headers else sys.maxsize
         writers = [
@@ -232,7 +232,6 @@ class Job:
             raise UserError("the text changed while it was read: run it again")
         for writer in writers:
             writer.close()
-        return writers
 
     def _pieces(self, state: State, settle: Settle | None = None) -> Iterator[tuple[Piece, bool]]:
         """What is left, each with whether it is held out."""
@@ -293,7 +292,7 @@ class Job:
                 "give another folder with --out, or free some space"
             )
 
-    def _manifest(self, state: State, writers: Sequence[ShardWriter], encoder: str) -> Manifest:
+    def _manifest(self, state: State, folder: Path, encoder: str) -> Manifest:
         return Manifest(
             format="llm.c uint16" if self.layout == "llmc" else "nanoGPT uint16",
             gpt2cli=__version__,
@@ -309,5 +308,5 @@ class Job:
             train_bytes=state.split_bytes[0],
             val_bytes=state.split_bytes[1],
             documents=state.documents,
-            shards={path.name: atomic.sha256(path) for writer in writers for path in writer.shards},
+            files={path.name: atomic.sha256(path) for path in sorted(folder.iterdir())},
         )

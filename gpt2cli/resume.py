@@ -85,9 +85,10 @@ def resume_plan(
         raise UserError(f"--steps {train.steps} is less than the {checkpoint.step_of(start)} steps {out} has already done")
     if run.init_from and not start and huggingface.weights_sha256(Path(run.init_from)) != run.init_sha256:
         raise UserError(f"{out} has no checkpoint, and {run.init_from} is not the model it was started from: start a new run")
-    encoding = sources.find_vocabulary(list(run.data.tokens.values())) or Encoding.gpt2()
     if model_folder := start or (Path(run.init_from) if run.init_from else None):
         encoding, _ = checkpoint.find_encoding(model_folder, run.model.vocab_size)
+    else:
+        encoding = sources.find_vocabulary(list(run.data.tokens.values())) or Encoding.gpt2()
     if data is not None or not all(_intact(tokens) for tokens in run.data.tokens.values()):
         found_sources = sources.find_sources(data or run.data.given, train, encoding, cache, on_tokenize)
     else:

@@ -334,13 +334,13 @@ def check(folder: Path) -> None:
     together are not read for it. Shards of other programs tell nothing, and pass."""
     if not (folder / "manifest.json").is_file():
         return
-    shards = atomic.read_sealed(folder / "manifest.json").get("shards")
-    if not isinstance(shards, dict):
+    files = atomic.read_sealed(folder / "manifest.json").get("files")
+    if not isinstance(files, dict):
         return
-    for name in shards:
+    for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing, but the manifest lists it: tokenize the text again")
-    if sum((folder / name).stat().st_size for name in shards) <= CHECKED_BYTES:
-        for name, expected in shards.items():
+    if sum((folder / name).stat().st_size for name in files) <= CHECKED_BYTES:
+        for name, expected in files.items():
             if atomic.sha256(folder / name) != expected:
                 raise UserError(f"{folder / name} changed since it was tokenized: tokenize the text again")

@@ -250,6 +250,8 @@ def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> En
     ids = {to_bytes(written): n for written, n in vocab.items()}
     # tiktoken merges in order of id, HuggingFace in order of the list: they must be the same order.
     order = [ids[token] for token in joined]
+    if len({*ids.values(), eot}) != len(ids) + 1:
+        raise UserError(f"{folder}: its vocabulary gives one id to two tokens")
     if len(ids) != 256 + len(merges) or order != sorted(set(order)) or any(bytes([b]) not in ids for b in range(256)):
         raise UserError(f"{folder}: its vocabulary is not 256 bytes and one token a merge, in order of the merges")
     return Encoding(ids, merges, eot)

@@ -78,7 +78,7 @@ def test_two_workers_write_the_bytes_of_one(tmp_path, blocks, shakespeare):
     (tmp_path / "a.txt").write_text(shakespeare[:100_000] + "<|endoftext|>and\n" * 200, encoding="utf-8")
     one = run([tmp_path / "a.txt"], tmp_path / "one", Policy(), workers=1, shard_tokens=7000)
     two = run([tmp_path / "a.txt"], tmp_path / "two", Policy(), workers=2, shard_tokens=7000)
-    assert one == two and len(one.shards) > 3 and one.val_tokens
+    assert one == two and len(one.files) > 3 and one.val_tokens
     assert same_shards(tmp_path / "one", tmp_path / "two")
 
 
@@ -470,7 +470,7 @@ def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, tex
 
 def test_nanogpts_files_are_its_own(tmp_path, text_file):
     manifest = run([text_file], tmp_path / "out", Policy(), layout="nanogpt", shard_tokens=100)
-    assert sorted(manifest.shards) == ["train.bin", "val.bin"]
+    assert sorted(manifest.files) == ["train.bin", "val.bin"]
     data = np.memmap(tmp_path / "out" / "train.bin", dtype=np.uint16, mode="r")  # as its train.py opens it
     run([text_file], tmp_path / "ours", Policy())
     assert data.tolist() == ids_of(tmp_path / "ours") == ids_of(tmp_path / "out")

@@ -251,7 +251,7 @@ def test_a_shard_is_read_with_the_vocabulary_beside_it(capsys, text_file, tmp_pa
         (["empty"], None, "empty holds no train shards"),
         (["torn.bin"], None, "torn.bin has 3 bytes"),
         (["large.npy"], None, "token id 70000 is not in the vocabulary"),
-        (["negative.npy"], None, "token id -1 is not in the vocabulary"),
+        (["negative.npy"], None, "holds id -1 at token 1"),
         (["tokens/train_000000.bin"], "0:1001", "has 1,000 tokens, at positions 0 to 999"),
         (["tokens/train_000000.bin"], "1001:", "has 1,000 tokens, at positions 0 to 999"),
         (["tokens/train_000000.bin"], "1000:", "--range 1000: is empty"),

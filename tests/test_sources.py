@@ -90,7 +90,7 @@ def test_run_json_keeps_the_mixture_and_another_one_is_refused(mixture, gpt2, mo
         with pytest.raises(UserError, match=r"data run was trained on"):
             resume_plan(Path("run"), {}, data=other)
     np.full(3000, 7, dtype="<u2").tofile("bin/train.bin")
-    with pytest.raises(UserError, match="the data is not what run was trained on"):
+    with pytest.raises(UserError, match="is no longer the data run was trained on, or a part of it"):
         resume_plan(Path("run"), {})
 
 
