@@ -26,7 +26,7 @@ from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
 from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
 from gpt2cli.tokenizer import END_OF_TEXT, Encoding
 
-PARALLEL_FROM = 16 << 20  # below this many bytes starting workers costs more than it saves
+PARALLEL_FROM = {False: 16 << 20, True: 256 << 20}  # bytes: workers save more than they cost; a fast encoder: later
 FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
 VOCABULARY_BYTES = 200_000_000  # of a text, to train a vocabulary on
 SAVE_SECONDS = 5.0
@@ -209,7 +209,8 @@ class Job:
             for n, split in enumerate(("train", "val"))
         ]
         saved = time.monotonic()
-        count = workers or (os.cpu_count() or 1 if self.seen.size - state.bytes >= PARALLEL_FROM else 1)
+        large = self.seen.size - state.bytes >= PARALLEL_FROM[encoder.fast]
+        count = workers or (os.cpu_count() or 1 if large else 1)
         pieces = self._pieces(state, partial(encode.settle, encoding=self.encoding))
         try:
             for batch, ids in encode.encode_all(encode.batches(pieces), encoder, count):

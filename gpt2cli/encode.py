@@ -26,6 +26,7 @@ from gpt2cli.tokenizer import Encoding
 
 BATCH_BYTES = 1 << 20
 BATCH_PIECES = 4096
+WINDOW = 1 << 14  # bytes of a run without a place to cut that are encoded at once
 CACHE_BYTES = 128 << 20  # what gigatoken may grow by, if it has had
 CACHE_TEXT = 16 << 20  # bytes of text at least
 
@@ -114,13 +115,23 @@ def choose(encoding: Encoding, errors: str, sample: Sequence[bytes], *, fast: bo
 # ==== runs without a place to cut ====
 
 
-def settle(window: bytes, encoding: Encoding) -> Settled:
-    """Encode the beginning of a run, to a token border that what follows the window does not move.
+def settle(run: bytes, encoding: Encoding) -> Settled:
+    """Encode the beginning of a run, to a token border that what follows does not move.
 
     BPE is local: a sequence of tokens is its encoding of a word exactly if each two neighbours are (van Antwerpen and
     Neubeck, "So many tokens, so little time", 2024). So two overlapping encodings may be sewn together at a token that both
-    have: the token after the border, which the encoding of the rest is checked to begin with.
+    have: the token after the border, which the encoding of the rest is checked to begin with. The windows are small because
+    the time of a word grows faster than its length.
     """
+    end, ids, then = 0, np.empty(0, dtype=np.uint32), None
+    while end == 0 or len(run) - end >= WINDOW:
+        window = _settle_window(run[end : end + WINDOW], encoding)
+        check_begin(run[end : end + 20], window.ids, then)
+        end, ids, then = end + window.end, np.concatenate([ids, window.ids]), window.then
+    return Settled(end, ids, then)
+
+
+def _settle_window(window: bytes, encoding: Encoding) -> Settled:
     for end in range(len(window), len(window) - 4, -1):  # the window may end within a character
         with contextlib.suppress(UnicodeDecodeError):
             ids = encoding.encode_array(window[:end].decode("utf-8"))
@@ -132,8 +143,15 @@ def settle(window: bytes, encoding: Encoding) -> Settled:
         end = int(ends[n - 1])
         # The pre-tokenizer must see the rest as it did: not the middle of a character, nor of a contraction as 're.
         if window[end] & 0xC0 != 0x80 and b"'" not in window[max(0, end - 2) : end + 1]:
-            return Settled(end, ids[:n].tolist(), int(ids[n]))
+            return Settled(end, ids[:n], int(ids[n]))
     raise UserError(f"a run of {len(window):,} bytes holds no place to cut")
+
+
+def check_begin(data: bytes, ids: np.ndarray, expected: int | None) -> None:
+    if expected is not None and ids[0] != expected:
+        raise UserError(
+            f"a long run of text without a space cannot be cut exactly before {data[:20]!r}; please report it, with the text"
+        )
 
 
 # ==== batches ====
@@ -156,12 +174,8 @@ def encode_batch(batch: Batch, encode: Encode, eot: int) -> Encoded:
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     border = np.array([eot], dtype=np.uint32)
     for piece, held_out in batch:
-        ids = encode(piece.data) if piece.ids is None else np.asarray(piece.ids, dtype=np.uint32)
-        if piece.expects is not None and ids[0] != piece.expects:
-            raise UserError(
-                f"a run of more than {len(piece.data):,} bytes without a space cannot be cut exactly ({piece.data[:20]!r}); "
-                "please report it, with the text"
-            )
+        ids = encode(piece.data) if piece.ids is None else piece.ids
+        check_begin(piece.data, ids, piece.expects)
         parts[held_out].extend((border, ids) if piece.starts else (ids,))
     train, val = (np.concatenate([np.empty(0, np.uint32), *split]).astype(np.uint16) for split in parts)
     return train, val

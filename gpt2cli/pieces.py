@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from gpt2cli.documents import BLOCK, Chunk
 from gpt2cli.tokenizer import END_OF_TEXT
 
@@ -38,8 +40,8 @@ class Settled:
     """The beginning of a run: its tokens, and the id the rest must begin with if cutting there was right."""
 
     end: int
-    ids: list[int]
-    then: int
+    ids: np.ndarray  # uint32
+    then: int | None
 
 
 Settle = Callable[[bytes], Settled]
@@ -53,7 +55,7 @@ class Piece:
     key: float  # of its document, uniform in [0, 1)
     after: Place | None  # where the reading may go on after it
     continues: bool = False  # its document began before the tail
-    ids: list[int] | None = None  # of a part of a run
+    ids: np.ndarray | None = None  # of a part of a run
     expects: int | None = None  # its first id, where a run was cut before it
 
 
@@ -100,7 +102,7 @@ def cut_up(
             rest, key, expects = b"", None, None
 
 
-def _next(document: bytes, begin: int, closed: bool, settle: Settle | None) -> tuple[int, list[int] | None, int | None]:
+def _next(document: bytes, begin: int, closed: bool, settle: Settle | None) -> tuple[int, np.ndarray | None, int | None]:
     """Where the next piece of a document ends; `begin` where more of it must be read first."""
     size = len(document) - begin
     if closed and size <= BLOCK:

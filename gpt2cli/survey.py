@@ -56,7 +56,7 @@ def survey(texts: Sequence[Text], policy: Policy, progress: Progress) -> Survey:
     """Read everything once. Raises UserError, naming file and place, for what is no text."""
     seen = Survey([])
     size = sum(text.file.stat().st_size for text in texts)
-    before, stride, number = 0, 1, 0
+    before, told, stride, number = 0, 0, 1, 0
     for text in texts:
         chunks = documents.Surveyed(text, policy.errors)
         begin = seen.size
@@ -68,7 +68,9 @@ def survey(texts: Sequence[Text], policy: Policy, progress: Progress) -> Survey:
                 if len(seen.sample) == 2 * SAMPLE_PIECES:
                     seen.sample, stride = seen.sample[::2], 2 * stride
             number += 1
-            progress("reading", min(before + chunks.file_bytes, size), size)
+            if before + chunks.file_bytes >= told + documents.BLOCK or told == 0:
+                told = before + chunks.file_bytes
+                progress("reading", min(told, size), size)
         if seen.size == begin:
             raise UserError(f"{text.name} holds no text")
         before += text.file.stat().st_size

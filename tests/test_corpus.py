@@ -47,6 +47,7 @@ def blocks(monkeypatch):
         monkeypatch.setattr(documents, "BLOCK", size)
         monkeypatch.setattr("gpt2cli.pieces.BLOCK", size)
         monkeypatch.setattr(encode, "BATCH_BYTES", size)
+        monkeypatch.setattr(encode, "WINDOW", max(40, size // 4))
         monkeypatch.setattr("gpt2cli.pieces.HASHED", size // 4)
 
     return of

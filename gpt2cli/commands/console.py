@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gpt2cli.metrics import StepMetrics
     from gpt2cli.plan import Plan
 
+LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
+
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -53,12 +55,14 @@ def seconds(value: float) -> str:
 
 
 class Bars:
-    """Progress of bytes: a bar for each thing on a terminal, one line for each elsewhere."""
+    """Progress of bytes, with rate and time left: a bar for each thing on a terminal, elsewhere a line when it begins and
+    every half minute."""
 
     def __init__(self) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
         self._progress = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
         self._tasks: dict[str, TaskID] = {}
+        self._told = self._began = 0.0
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -76,8 +80,14 @@ class Bars:
     def _report(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total or None)
+            self._told = self._began = time.monotonic()
             if not stderr.is_terminal:
                 note(f"{what} ({size(total)})" if total else what)
+        elif not stderr.is_terminal and time.monotonic() > self._told + LINE_SECONDS:
+            self._told = time.monotonic()
+            rate = max(1.0, done / (self._told - self._began))
+            left = seconds((total - done) / rate)
+            note(f"{what}: {size(done)} of {size(total)}, {size(rate)} a second, {left} left")
         self._progress.update(self._tasks[what], completed=done, total=total or None)
 
 
