@@ -51,8 +51,8 @@ def workplace(target: Path, on_wait: Callable[[], None]) -> Iterator[Path]:
     place.mkdir(parents=True, exist_ok=True)
     with lock(place, on_wait):
         yield place
-    if target.exists():
-        shutil.rmtree(place, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def install(folder: Path, target: Path) -> None:

@@ -22,12 +22,14 @@ from gpt2cli.documents import Text
 from gpt2cli.encode import Encoder
 from gpt2cli.errors import UserError
 from gpt2cli.pieces import Piece, Place, Settle, cut_up, split_tail
-from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check
+from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check, count_tokens
 from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
-from gpt2cli.tokenizer import END_OF_TEXT, Encoding
+from gpt2cli.tokenizer import Encoding
 
 PARALLEL_FROM = {False: 16 << 20, True: 256 << 20}  # bytes: workers save more than they cost; a fast encoder: later
 FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
+DEFAULT_WORKERS = {False: 8, True: 3}  # at most: so many stay below a gigabyte together
+MOST_WORKERS = 61  # what Windows can wait for
 VOCABULARY_BYTES = 200_000_000  # of a text, to train a vocabulary on
 SAVE_SECONDS = 5.0
 
@@ -88,16 +90,14 @@ def tokenize(
     Raises UserError for unreadable, empty or binary input, text that is not UTF-8, too small a disk, and an `out` that
     holds other things.
     """
-    if shard_tokens < 1:
-        raise UserError(f"--shard-tokens must be at least 1, but is {shard_tokens}")
+    if not 1 <= shard_tokens < 1 << 31:
+        raise UserError(f"--shard-tokens must be at least 1 and below 2^31, but is {shard_tokens}")
     if layout not in ("llmc", "nanogpt"):
         raise UserError(f"--to is {layout!r}, but must be llmc or nanogpt")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, but is {workers}")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers must be 1 to {MOST_WORKERS}, but is {workers}")
     with prepare(inputs, out, encoding, policy, train_vocab, progress) as job:
         job.layout, job.shard_tokens, job.fast = layout, shard_tokens, fast
-        if out.exists() and not finished(out, job.key):
-            raise UserError(f"{out} already exists and holds something else: give another folder with --out")
         return job.run(out, workers)
 
 
@@ -114,26 +114,26 @@ def cached(
     with prepare(inputs, cache / "tokens" / "any", encoding, policy, train_vocab, progress) as job:
         folder = cache / "tokens" / job.key
         if not finished(folder, job.key):
-            shutil.rmtree(folder, ignore_errors=True)  # damaged; it is only a cache
-            job.run(folder)
+            job.run(folder, replace=True)
     return folder
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2cli"
 
 
-def texts(inputs: Sequence[Path], policy: Policy) -> Iterator[str]:
-    """The text of `inputs` in pieces, each cut where the pre-tokenizer cuts, `<|endoftext|>` before all documents but the
-    first."""
-    with documents.opened(inputs, policy.format, policy.field, Path()) as opened:
-        begun = False
-        for text in opened:
-            for piece in cut_up(documents.Surveyed(text, policy.errors), plain=policy.plain, inside=text.kind == "text"):
-                if piece.starts and begun:
-                    yield END_OF_TEXT
-                begun = True
-                yield piece.data.decode("utf-8", policy.errors)
+def pieces(inputs: Sequence[Path], encoding: Encoding, policy: Policy) -> Iterator[Piece]:
+    """The pieces of `inputs`, to look at them."""
+    settle = partial(encode.settle, encoding=encoding)
+    with documents.opened(inputs, policy.format, policy.field) as texts:
+        for text in texts:
+            chunks = documents.Surveyed(text, policy.errors)
+            yield from cut_up(chunks, plain=policy.plain, inside=text.kind == "text", settle=settle)
 
 
 def finished(out: Path, key: str) -> Manifest | None:
@@ -141,7 +141,8 @@ def finished(out: Path, key: str) -> Manifest | None:
     try:
         check(out)
         data = atomic.read_sealed(out / "manifest.json")
-        if data["key"] != key:
+        tokens = data["train_tokens"], data["val_tokens"] if data["val_tokens"] > 1 else 0
+        if data["key"] != key or count_tokens(out) != tokens:
             return None
         return Manifest(**data | {"sources": [Source(**s) for s in data["sources"]], "policy": Policy(**data["policy"])})
     except (UserError, TypeError, KeyError):
@@ -152,6 +153,10 @@ def finished(out: Path, key: str) -> Manifest | None:
 def prepare(
     inputs: Sequence[Path], out: Path, encoding: Encoding, policy: Policy, train_vocab: int | None, progress: Progress
 ) -> Iterator[Job]:
+    if train_vocab is not None and not vocabulary.SMALLEST <= train_vocab <= vocabulary.LARGEST:
+        raise UserError(f"--train-vocab must be {vocabulary.SMALLEST} to {vocabulary.LARGEST:,}, but is {train_vocab:,}")
+    if encoding.n_vocab > 1 << 16:
+        raise UserError(f"shards hold 16-bit ids, but the vocabulary has {encoding.n_vocab:,}")
     with documents.opened(inputs, policy.format, policy.field, out.absolute().parent) as texts:
         yield Job(texts, survey(texts, policy, progress), policy, encoding, train_vocab, progress)
 
@@ -173,25 +178,30 @@ class Job:
     @property
     def key(self) -> str:
         """sha256 of everything that decides the result."""
-        texts = [source.sha256 for source in self.seen.sources]
+        fields = [(text.kind, text.field if text.kind != "text" else "") for text in self.texts]
+        texts = [(source.sha256, *field) for source, field in zip(self.seen.sources, fields, strict=True)]
+        split = choose_split(self.policy, self.seen), self.policy.val_fraction
         vocabulary = self.train_vocab or self.encoding.sha256
-        decides = [texts, asdict(self.policy), vocabulary, self.layout, self.shard_tokens, __version__]
+        shards = self.shard_tokens if self.layout == "llmc" else None
+        decides = [texts, self.policy.plain, self.policy.errors, split, vocabulary, shards, __version__]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-    def run(self, out: Path, workers: int | None = None) -> Manifest:
-        """Make `out`, going on where an interrupted run stopped; or find that another process has made it meanwhile."""
+    def run(self, out: Path, workers: int | None = None, *, replace: bool = False) -> Manifest:
+        """Make `out`, going on where an interrupted run stopped; or find that it is there, perhaps made by another process
+        meanwhile. Raises UserError where something else is there, unless that is to be replaced."""
         waiting = partial(self.progress, "waiting for another gpt2 process that makes the same", 0, 0)
         with atomic.workplace(out, waiting) as work:
             if done := finished(out, self.key):
                 return done
+            if out.exists() and not replace:
+                raise UserError(f"{out} already exists and holds something else: give another folder with --out")
+            shutil.rmtree(out, ignore_errors=True)
             folder = work / "tokens"
             state = self._state_before(work, folder)
             if self.train_vocab:
-                self.encoding = self._own_vocabulary(folder, self.train_vocab)
+                self.encoding = self._own_vocabulary(work, folder, self.train_vocab)
             elif self.encoding.sha256 != Encoding.gpt2().sha256:
                 self.encoding.save(folder)
-            if self.encoding.n_vocab > 1 << 16:
-                raise UserError(f"shards hold 16-bit ids, but the vocabulary has {self.encoding.n_vocab:,}")
             sample = self.seen.sample if self.seen.size >= FAST_FROM else []
             chosen = encode.choose(self.encoding, self.policy.errors, sample, fast=self.fast)
             self._check_room(out, chosen.tokens / sum(map(len, sample)) if sample else 1.0, state)
@@ -210,7 +220,7 @@ class Job:
         ]
         saved = time.monotonic()
         large = self.seen.size - state.bytes >= PARALLEL_FROM[encoder.fast]
-        count = workers or (os.cpu_count() or 1 if large else 1)
+        count = workers or (min(_cores(), DEFAULT_WORKERS[encoder.fast]) if large else 1)
         pieces = self._pieces(state, partial(encode.settle, encoding=self.encoding))
         try:
             for batch, ids in encode.encode_all(encode.batches(pieces), encoder, count):
@@ -259,16 +269,16 @@ class Job:
                 return state
         except (UserError, TypeError):
             pass
+        (work / "state.json").unlink(missing_ok=True)  # first: it says what the shards are
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return State(self.key)
 
-    def _own_vocabulary(self, folder: Path, n_vocab: int) -> Encoding:
+    def _own_vocabulary(self, work: Path, folder: Path, n_vocab: int) -> Encoding:
         """The vocabulary trained on the training split (the 200 MB of it that are spread evenly), kept for work that is
         interrupted."""
-        with contextlib.suppress(UserError):
-            if known := Encoding.from_folder(folder):
-                return known
+        if (work / "state.json").is_file() and (known := Encoding.from_folder(folder)):
+            return known
         step = max(1, self.seen.size // VOCABULARY_BYTES)
 
         def texts() -> Iterator[str]:
@@ -281,6 +291,7 @@ class Job:
 
         encoding = vocabulary.train(texts(), n_vocab)
         encoding.save(folder)
+        atomic.write_sealed(work / "state.json", asdict(State(self.key)))
         return encoding
 
     def _check_room(self, out: Path, tokens_per_byte: float, state: State) -> None:

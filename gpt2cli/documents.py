@@ -24,6 +24,7 @@ STDIN = Path("-")
 BLOCK = 1 << 20  # bytes read at once
 RECORD_BYTES = 64 << 20  # a line of JSON is held in memory, so it has a limit; a line of text has none
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+NAMED = KINDS | {".json": "jsonl"}  # of a file that is named: in folders such a file may be anything
 TEXT_SUFFIXES = tuple(suffix + packed for suffix in KINDS for packed in ("", ".gz"))
 
 
@@ -56,7 +57,7 @@ def find_texts(inputs: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            below = [p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file()]
+            below = [p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
             if not below:
                 raise UserError(f"{path} holds no text: expected files ending in {', '.join(KINDS)}, or those with .gz")
             found += sorted(below, key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", str(p))])
@@ -74,7 +75,7 @@ def opened(inputs: Sequence[Path], kind: str = "auto", field: str = "text", scra
         texts = []
         for path in find_texts(inputs):
             name, packed = path.name.lower(), path.name.lower().endswith(".gz")
-            found = kind if kind != "auto" else KINDS.get(Path(name.removesuffix(".gz")).suffix, "text")
+            found = kind if kind != "auto" else NAMED.get(Path(name.removesuffix(".gz")).suffix, "text")
             file = path
             if path == EMBEDDED and not path.exists():
                 file = Path(__file__).parent / "assets" / EMBEDDED
@@ -272,5 +273,7 @@ def _rows(text: Text, start: int) -> Iterator[Chunk]:
                         row += 1
                         if row > start and value is not None:
                             yield Chunk(value.encode(), True, row)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise UserError(f"{text.name} is not a whole parquet file: {str(error).splitlines()[0]}") from None

@@ -6,8 +6,11 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +29,7 @@ from gpt2cli.tokenizer import Encoding
 
 BATCH_BYTES = 1 << 20
 BATCH_PIECES = 4096
+_CONTRACTION = re.compile(rb"'[a-zA-Z]")
 WINDOW = 1 << 14  # bytes of a run without a place to cut that are encoded at once
 CACHE_BYTES = 128 << 20  # what gigatoken may grow by, if it has had
 CACHE_TEXT = 16 << 20  # bytes of text at least
@@ -142,7 +146,7 @@ def _settle_window(window: bytes, encoding: Encoding) -> Settled:
     for n in range(int(np.searchsorted(ends, len(window) * 7 // 8)), 0, -1):
         end = int(ends[n - 1])
         # The pre-tokenizer must see the rest as it did: not the middle of a character, nor of a contraction as 're.
-        if window[end] & 0xC0 != 0x80 and b"'" not in window[max(0, end - 2) : end + 1]:
+        if window[end] & 0xC0 != 0x80 and not _CONTRACTION.search(window[max(0, end - 2) : end + 2]):
             return Settled(end, ids[:n], int(ids[n]))
     raise UserError(f"a run of {len(window):,} bytes holds no place to cut")
 
@@ -186,12 +190,34 @@ _worker: tuple[Encode, int]
 
 def _start_worker(encoder: Encoder) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker = encoder.make(), encoder.encoding.eot
+
+
+def _leave_with_parent() -> None:
+    """However it went: a worker that is not told waits for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(batch: Batch) -> Encoded:
     return encode_batch(batch, *_worker)
+
+
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Processes that are started here do not see Ctrl-C, which is their parent's to handle; it sees it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_all(work: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
@@ -204,8 +230,10 @@ def encode_all(work: Iterator[Batch], encoder: Encoder, workers: int) -> Iterato
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,))
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
 
-    def submit(some: Iterable[Any]) -> None:
-        waiting.extend((batch, pool.submit(_encode_in_worker, batch)) for batch in some)
+    def submit(some: Iterable[Batch]) -> None:
+        for batch in some:
+            with _no_ctrl_c():
+                waiting.append((batch, pool.submit(_encode_in_worker, batch)))
 
     try:
         submit(itertools.islice(work, 4 * workers))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpt2cli import atomic
 from gpt2cli.errors import UserError
+from gpt2cli.pieces import Piece
 from gpt2cli.shards import Tokens, open_shard
 from gpt2cli.tokenizer import Encoding, StreamDecoder
 
@@ -20,12 +21,14 @@ _ID = re.compile(r"[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{0,18}):([0-9]{0,18})")
 
 
-def tokens(texts: Iterable[str], encoding: Encoding, *, plain: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Each token's id and bytes, as the texts come. Each text is encoded by itself, so a long one should be cut where the
-    pre-tokenizer cuts. A literal `<|endoftext|>` is its one id, with `plain` ordinary text."""
-    for text in texts:
-        for n in encoding.encode(text, special=not plain):
+def tokens(pieces: Iterable[Piece], encoding: Encoding, errors: str = "strict") -> Iterator[tuple[int, bytes]]:
+    """Each token's id and bytes, as the pieces come, with `<|endoftext|>` between documents."""
+    begun = False
+    for piece in pieces:
+        ids = encoding.encode(piece.data.decode("utf-8", errors)) if piece.ids is None else piece.ids.tolist()
+        for n in [encoding.eot] * (begun and piece.starts) + ids:
             yield n, encoding.token_bytes(n)
+        begun = True
 
 
 def decode(

@@ -71,7 +71,10 @@ def cut_up(
     Without `settle` long runs are cut anywhere, which is enough to count bytes."""
     rest, owed, key, expects = b"", 0, start.key, None
     for chunk in chunks:
-        joined = rest + chunk.data
+        data = chunk.data
+        while not inside and not plain and data.endswith(SEPARATOR):  # a record ends anyway
+            data = data[: -len(SEPARATOR)]
+        joined = rest + data
         documents = [joined] if plain else joined.split(SEPARATOR)
         left = len(joined)  # bytes not yet handed out
         for n, document in enumerate(documents):
@@ -84,7 +87,7 @@ def cut_up(
             while begin < len(document):
                 starts = key is None
                 if key is None:
-                    if not closed and len(document) - begin < HASHED:
+                    if not closed and len(document) - begin < HASHED + len(SEPARATOR):  # one may have begun
                         break
                     key = _key(document[begin : begin + HASHED])
                 end, ids, then = _next(document, begin, closed, settle)
@@ -125,6 +128,8 @@ def find_cut(data: bytes, begin: int, end: int) -> int:
     """The last place in data[begin:end] where the text may be cut whatever follows, 0 where there is none. It stays clear
     of the end, where a separator may have begun."""
     end -= len(SEPARATOR)
+    while end > begin and data[end] & 0xC0 == 0x80:
+        end -= 1
     for pattern in (_BEFORE_SPACE, _AFTER_WORD):
         # Look at the last few thousand bytes first: in most texts the last space is near.
         for start in (max(begin, end - 4096), begin):
@@ -141,7 +146,7 @@ def split_tail(pieces: Iterable[Piece], target: int, at: int, in_tail: bool) -> 
     """Each piece, and whether it is in the tail: what follows the first place for a cut at or after byte `target` of the
     text. `at` bytes were read before."""
     for piece in pieces:
-        first = not in_tail and at >= target
+        first = not in_tail and (at >= target or (piece.starts and at + piece.bytes - len(piece.data) >= target))
         if first:
             in_tail = True
         elif not in_tail and at + piece.bytes > target and piece.ids is None:
@@ -158,12 +163,12 @@ def split_tail(pieces: Iterable[Piece], target: int, at: int, in_tail: bool) -> 
 
 
 def _cut_from(data: bytes, head: int) -> int:
-    """The first cut before a space at or after byte `head`, 0 where there is none."""
+    """The first cut at or after byte `head`, before a space where there is one; 0 where there is none."""
     start = max(head - 1, 0)
     while start and data[start] & 0xC0 == 0x80:
         start -= 1
     text = data[start:].decode("utf-8", "surrogateescape")
-    found = _BEFORE_SPACE.search(text)
+    found = _BEFORE_SPACE.search(text) or _AFTER_WORD.search(text)
     return start + len(text[: found.end()].encode("utf-8", "surrogateescape")) if found else 0
 
 

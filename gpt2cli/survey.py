@@ -81,7 +81,9 @@ def survey(texts: Sequence[Text], policy: Policy, progress: Progress) -> Survey:
 def choose_split(policy: Policy, seen: Survey) -> str:
     """Documents by their hash, so that more files move none of those before; the tail where that would miss the fraction
     by more than two times, as with one document."""
+    part = seen.held_out / seen.size
+    if part == 1 and policy.split == "hashed":
+        raise UserError("--split hashed holds out everything: with so few documents use --split tail")
     if policy.split != "auto" or policy.val_fraction == 0:
         return policy.split if policy.split != "auto" else "hashed"
-    part = seen.held_out / seen.size
     return "hashed" if policy.val_fraction / 2 <= part <= policy.val_fraction * 2 else "tail"

@@ -1,5 +1,6 @@
 """The program itself: exit codes, streams, files, and one red line for each mistake."""
 
+import io
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import gpt2cli
@@ -374,12 +377,15 @@ def test_a_vocabulary_of_ones_own_goes_with_the_shards(gpt2, text_file):
     "arguments, says",
     [
         (("input.txt", "--train-vocab", "500", "--tokenizer", "own"), "both say what the vocabulary is"),
-        (("input.txt", "--train-vocab", "12"), "a vocabulary has 257 to"),
+        (("input.txt", "--train-vocab", "12"), "--train-vocab must be 257 to"),
         (("input.txt", "--train-vocab", "60000"), "too small for a vocabulary of 60,000"),
         (("input.txt", "--tokenizer", "nowhere"), "nowhere holds no tokenizer.json"),
         (("input.txt", "--range", "0:3"), "--range is for --decode"),
         (("input.txt", "--decode"), "input.txt is not a token shard"),
         (("input.txt", "--to", "gguf"), "--to is 'gguf'"),
+        (("input.txt", "--train-vocab", "0"), "--train-vocab must be 257 to 65,536, but is 0"),
+        (("input.txt", "--shard-tokens", str(1 << 31)), "below 2^31"),
+        (("input.txt", "--workers", "500"), "--workers must be 1 to 61"),
         (("input.txt", "--format", "csv"), "--format is 'csv'"),
         (("nowhere.txt",), "nowhere.txt does not exist"),
     ],
@@ -387,3 +393,14 @@ def test_a_vocabulary_of_ones_own_goes_with_the_shards(gpt2, text_file):
 def test_tokenize_says_what_is_wrong(gpt2, text_file, arguments, says):
     done = gpt2("tokenize", *arguments)
     assert done.code == 1 and says in done.err and not done.out
+
+
+def test_plain_text_is_shown_with_the_ids_of_its_shards(gpt2, monkeypatch):
+    for n in (1, 2):
+        Path(f"{n}.txt").write_text("a <|endoftext|> b")
+    shown = gpt2("tokenize", "1.txt", "2.txt", "--plain", "--show").out.splitlines()
+    assert gpt2("tokenize", "1.txt", "2.txt", "--plain", "--val-fraction", 0, "--out", "t").code == 0
+    ids = np.fromfile("t/train_000000.bin", dtype="<u2")[512:].tolist()
+    assert [50256, *(int(line.split("\t")[0]) for line in shown)] == ids
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"from a pipe")))
+    assert gpt2("tokenize", "-").out == "stdin-tokens\n"

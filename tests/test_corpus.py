@@ -1,9 +1,14 @@
 import gzip
 import io
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from gpt2cli import corpus, documents, encode
 from gpt2cli.corpus import tokenize
 from gpt2cli.documents import EMBEDDED
 from gpt2cli.errors import UserError
-from gpt2cli.pieces import find_cut
+from gpt2cli.pieces import cut_up, find_cut
 from gpt2cli.shards import Tokens, find_shards
 from gpt2cli.survey import Policy
 from gpt2cli.tokenizer import Encoding
@@ -95,6 +100,16 @@ def test_random_text_may_be_cut_where_find_cut_says():
     assert len(cuts) > 80
 
 
+@pytest.mark.parametrize("text", ["Pokémon" * 40, "ドラゴンゼウス" * 30, "x" * 50 + "Pokémon、" * 20, "приветмир" * 20])
+def test_a_text_read_up_to_the_middle_of_a_character_is_not_cut_there(text):
+    """In these GPT-2 joins letters that are not ASCII with their neighbours."""
+    data, encoding = text.encode(), Encoding.gpt2()
+    for end in range(1, len(data)):
+        if cut := find_cut(data, 0, end):
+            left, right = data[:cut].decode(), data[cut:].decode()
+            assert encoding.encode(left) + encoding.encode(right) == encoding.encode(text), (end, cut)
+
+
 def test_random_text_of_every_kind_is_tiktokens_for_any_block(tmp_path, blocks):
     """Letters, digits, marks, spaces, separators and half-separators, cut anywhere the reader likes."""
     rng = random.Random(1)
@@ -119,6 +134,10 @@ RUNS = {
     "Chinese without marks": "".join(chr(0x4E00 + n * 7919 % 5000) for n in range(12_000)),
     "DNA": "".join(random.Random(2).choice("ACGT") for _ in range(40_000)),
     "contractions": "^'re'll" * 5000,
+    "Pokémon": "x" * 7 + "Pokémon" * 4000,
+    "Japanese": "ドラゴンゼウス" * 1900 + "、。",
+    "apostrophes": "'" * 40_000 + "s",
+    "apostrophes and marks": "^-'" * 13_000,
     "letters": "".join(random.Random(3).choice("etaoinshrdlu") for _ in range(40_000)),
     "emoji": "👩‍👩‍👧‍👦" * 1600,
 }
@@ -147,6 +166,19 @@ def test_a_run_that_was_cut_wrongly_would_be_noticed(tmp_path, blocks, monkeypat
     (tmp_path / "a.txt").write_text(RUNS["letters"])
     with pytest.raises(UserError, match="cannot be cut exactly"):
         run([tmp_path / "a.txt"], tmp_path / "out")
+
+
+@pytest.mark.long
+def test_tens_of_megabytes_of_code_are_tiktokens(tmp_path):
+    text = bytearray()
+    for path in sorted(Path(sys.prefix).rglob("*.py")):
+        if len(text) < 50_000_000:
+            text += path.read_bytes()
+    (tmp_path / "code.txt").write_bytes(text.decode("utf-8", "ignore").encode())
+    expected = Encoding.gpt2().encode_documents((tmp_path / "code.txt").read_bytes().decode())
+    for fast in (True, False):
+        run([tmp_path / "code.txt"], tmp_path / str(fast), workers=2, fast=fast)
+        assert np.array_equal(ids_of(tmp_path / str(fast)), expected)
 
 
 # ==== a faster encoder ====
@@ -252,13 +284,31 @@ def test_the_same_documents_are_held_out_of_a_text_file_and_of_records(tmp_path,
 
 
 def test_the_split_can_be_chosen(tmp_path, text_file, shakespeare):
-    assert run([text_file], tmp_path / "a", Policy(split="hashed")).val_tokens in (0, 27_000)
+    with pytest.raises(UserError, match="holds out everything"):
+        run([text_file], tmp_path / "a", Policy(split="hashed", val_fraction=0.999999))
     texts = [shakespeare[n * 300 : n * 300 + 300] for n in range(300)]
     (tmp_path / "b.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
     tail = run([tmp_path / "b.txt"], tmp_path / "b", Policy(split="tail"))
     assert tail.split == "tail" and documents_of(tmp_path / "b", "val")[1:] == texts[-14:]
     with pytest.raises(UserError, match="--split is 'half'"):
         Policy(split="half")
+
+
+def test_the_tail_of_a_text_without_spaces_has_its_size(tmp_path):
+    (tmp_path / "a.txt").write_text("漢字文、句読点。" * 20_000, encoding="utf-8")
+    manifest = run([tmp_path / "a.txt"], tmp_path / "out", Policy(val_fraction=0.05))
+    assert manifest.split == "tail" and 0.049 < manifest.val_bytes / 480_000 < 0.051
+
+
+def test_a_document_after_the_separator_at_the_border_is_held_out_whole(tmp_path, shakespeare):
+    texts = [shakespeare[n * 100 : n * 100 + 100] for n in range(20)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8", newline="")
+    for fraction in (0.10, 0.101, 0.102, 0.103, 0.104, 0.105):
+        out = tmp_path / str(fraction)
+        run([tmp_path / "a.txt"], out, Policy(val_fraction=fraction, split="tail"))
+        if len(documents_of(out, "train")[-1]) == 100:
+            assert documents_of(out, "val") == texts[18:]
+    assert documents_of(tmp_path / "0.101", "val") == texts[18:]
 
 
 # ==== inputs ====
@@ -446,6 +496,63 @@ def test_what_is_left_of_other_work_is_not_gone_on_with(tmp_path, blocks, monkey
     assert ids_of(tmp_path / "out")[1:] == Encoding.gpt2().encode(shakespeare[300_000:360_000])
 
 
+def test_work_is_not_gone_on_with_on_the_shards_of_other_work(tmp_path, blocks, monkeypatch, shakespeare):
+    blocks(4000)
+    texts = {"x": shakespeare[:60_000], "y": shakespeare[300_000:380_000]}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
+    for name, seconds in (("x", 0.0), ("y", 1e9)):  # y stops before it saved its state
+        monkeypatch.setattr(corpus, "SAVE_SECONDS", seconds)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr("gpt2cli.corpus.ShardWriter.close", full_disk)
+            run([tmp_path / f"{name}.txt"], tmp_path / "out")
+    run([tmp_path / "x.txt"], tmp_path / "out")
+    assert ids_of(tmp_path / "out")[1:] == Encoding.gpt2().encode(texts["x"])
+
+
+def test_records_that_end_with_a_separator_can_be_gone_on_with(tmp_path):
+    write_records(tmp_path / "a.jsonl", [f"text {n}<|endoftext|>" for n in range(9)])
+    with documents.opened([tmp_path / "a.jsonl"]) as (text,):
+        pieces = list(cut_up(documents.read(text, "strict"), plain=False, inside=False))
+    assert len(pieces) == 9 and all(piece.after for piece in pieces)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("after", [0.3, 0.8])
+def test_workers_go_quietly_with_their_parent(tmp_path, number, after):
+    (tmp_path / "a.txt").write_text("Many words, and more of them.\n" * 3_000_000)
+    command = [sys.executable, "-m", "gpt2cli", "tokenize", "a.txt", "--out", "out", "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, start_new_session=True, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (begun := children(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(after)
+        begun += children(process.pid)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        _, err = process.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in begun) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert begun and not any(alive(pid) for pid in begun)
+    assert number == signal.SIGKILL or ("Traceback" not in err and "goes on where this one stopped" in err)
+
+
+def children(parent):
+    done = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def full_disk(*_):
     raise OSError(28, "No space left on device")
 
@@ -454,6 +561,33 @@ def test_a_disk_that_is_too_small_is_told_first(tmp_path, monkeypatch, text_file
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"the shards need about .* free"):
         run([text_file], tmp_path / "out")
+
+
+def test_work_that_was_cut_short_is_not_finished(tmp_path, monkeypatch, text_file):
+    monkeypatch.setattr("gpt2cli.shards.CHECKED_BYTES", 0)
+    for layout, name in (("llmc", "train_000000.bin"), ("nanogpt", "train.bin")):
+        run([text_file], tmp_path / layout, layout=layout)
+        os.truncate(tmp_path / layout / name, 20_000)
+        with pytest.raises(UserError, match="already exists"):
+            run([text_file], tmp_path / layout, layout=layout)
+
+
+def test_a_text_under_another_kind_of_name_is_other_work(tmp_path):
+    cache = tmp_path / "cache"
+    made = {}
+    for name in ("a.txt", "a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one", "body": "two"}\n')
+        policy = Policy(val_fraction=0, field="body" if name == "b.jsonl" else "text")
+        made[name] = documents_of(corpus.cached([tmp_path / name], cache, encoding=Encoding.gpt2(), policy=policy))
+    assert made == {"a.txt": ['{"text": "one", "body": "two"}\n'], "a.jsonl": ["one"], "b.jsonl": ["two"]}
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, text_file):
+    policy = Policy(val_fraction=0)
+    folder = corpus.cached([text_file], tmp_path / "cache", encoding=Encoding.gpt2(), policy=policy)
+    (folder / "train_000000.bin").write_bytes(b"damaged")
+    assert corpus.cached([text_file], tmp_path / "cache", encoding=Encoding.gpt2(), policy=policy) == folder
+    assert ids_of(folder)[1:] == Encoding.gpt2().encode(text_file.read_text(encoding="utf-8"))
 
 
 def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, text_file):

@@ -10,7 +10,7 @@ import gpt2cli
 
 HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
-    "errors", "config", "atomic", "tokenizer", "shards", "look", "documents", "pieces", "survey", "encode",
+    "errors", "config", "atomic", "tokenizer", "shards", "documents", "pieces", "look", "survey", "encode",
     "vocabulary", "corpus", "device", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify", "generate",
     "convert", "bench", "commands",
@@ -20,9 +20,9 @@ MAY_IMPORT = {
     "atomic": "",
     "tokenizer": "",
     "shards": "atomic",
-    "look": "atomic shards tokenizer",
     "documents": "",
     "pieces": "documents tokenizer",
+    "look": "atomic pieces shards tokenizer",
     "survey": "config documents pieces",
     "encode": "pieces tokenizer",
     "vocabulary": "tokenizer",

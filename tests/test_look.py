@@ -13,7 +13,9 @@ import pytest
 
 from gpt2cli import corpus, look, vocabulary
 from gpt2cli.commands import show
+from gpt2cli.documents import Chunk
 from gpt2cli.errors import UserError
+from gpt2cli.pieces import Piece, cut_up
 from gpt2cli.shards import ShardWriter
 from gpt2cli.tokenizer import Encoding, StreamDecoder
 
@@ -33,8 +35,12 @@ def forced_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
-def drawn(capsys, text, **options):
-    show.show([text], GPT2, **options)
+def piece(text):
+    return Piece(text.encode(), len(text), False, 0.0, None)
+
+
+def drawn(capsys, text, *, plain=False):
+    show.show(cut_up([Chunk(text.encode(), True, 0)], plain=plain, inside=False), GPT2, "strict")
     return capsys.readouterr().out
 
 
@@ -55,7 +61,7 @@ def test_away_from_a_terminal_each_token_is_a_line_of_its_id_and_json(capsys):
 
 
 def test_plain_shows_a_separator_as_text(capsys):
-    assert drawn(capsys, "<|endoftext|>") == '50256\t"<|endoftext|>"\n'
+    assert drawn(capsys, "a<|endoftext|>b").splitlines()[1] == '50256\t"<|endoftext|>"'
     assert drawn(capsys, "<|endoftext|>", plain=True).splitlines()[0] == '27\t"<"'
 
 
@@ -77,11 +83,11 @@ def test_a_long_line_is_drawn_whole_and_no_break_is_put_into_it(capsys, forced_t
 
 def test_a_line_without_end_is_drawn_as_it_comes(capsys, forced_terminal):
     def texts():
-        yield "word " * 3000
+        yield piece("word " * 3000)
         assert len(capsys.readouterr().out) > 10_000
-        yield "word"
+        yield piece("word")
 
-    show.show(texts(), GPT2)
+    show.show(texts(), GPT2, "strict")
 
 
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -92,9 +98,9 @@ def test_a_terminal_without_colours_gets_lines(capsys, forced_terminal, monkeypa
 
 def test_tokens_are_shown_before_the_next_text_is_read(capsys):
     def texts():
-        yield "Hello"
+        yield piece("Hello")
         assert seen == [15496]
-        yield " world"
+        yield piece(" world")
 
     seen: list[int] = []
     for n, _ in look.tokens(texts(), GPT2):
@@ -105,7 +111,9 @@ def test_tokens_are_shown_before_the_next_text_is_read(capsys):
 CLOSED = """
 import itertools, sys
 from gpt2cli.commands import app, show
+from gpt2cli.pieces import Piece
 from gpt2cli.tokenizer import Encoding
+hello = Piece(b"Hello world\\n", 12, False, 0.0, None)
 @app.app.command("endless")
 def endless():
     {what}
@@ -117,7 +125,7 @@ sys.exit(app.run(["endless"]))
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "TERM": "xterm"}])
 @pytest.mark.parametrize(
     "what",
-    ["show.show(itertools.repeat('Hello world\\n'), Encoding.gpt2())", "show.show(['Hello'], Encoding.gpt2())",
+    ["show.show(itertools.repeat(hello), Encoding.gpt2(), 'strict')", "show.show([hello], Encoding.gpt2(), 'strict')",
      "show.decode(['ones.bin'])", "show.decode(['15496'])"],
 )  # fmt: skip
 def test_a_reader_that_leaves_is_no_error(what, environment):

@@ -8,15 +8,16 @@ from io import BufferedReader
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from gpt2cli.pieces import Piece
     from gpt2cli.tokenizer import Encoding
 
 
-def show(texts: Iterable[str], encoding: Encoding, *, plain: bool = False) -> None:
-    """Print the tokens of `texts` as they come; see `look.tokens` and `console.show_tokens`."""
+def show(pieces: Iterable[Piece], encoding: Encoding, errors: str) -> None:
+    """Print the tokens of `pieces` as they come; see `look.tokens` and `console.show_tokens`."""
     from gpt2cli import look
     from gpt2cli.commands import console
 
-    console.show_tokens(look.tokens(texts, encoding, plain=plain))
+    console.show_tokens(look.tokens(pieces, encoding, errors))
 
 
 def decode(what: Sequence[str], tokens_range: str | None = None, encoding: Encoding | None = None) -> None:

@@ -86,21 +86,26 @@ def command(
     if decode:
         return looking.decode(inputs, tokens_range, encoding if tokenizer else None)
     if show:
-        return looking.show(corpus.texts(paths, policy), encoding, plain=plain)
+        return looking.show(corpus.pieces(paths, encoding, policy), encoding, errors)
     if out is None:
-        out = Path(f"{paths[0].resolve().name.split('.')[0] or 'text'}-tokens")
-    with console.Bars() as bars:
-        manifest = corpus.tokenize(
-            paths,
-            out,
-            encoding=encoding,
-            policy=policy,
-            train_vocab=train_vocab,
-            layout=to,
-            workers=workers,
-            shard_tokens=shard_tokens,
-            progress=bars.tokenized,
-        )
+        first = "stdin" if inputs[0] == "-" else paths[0].resolve().name.split(".")[0] or "text"
+        out = Path(f"{first}-tokens")
+    try:
+        with console.Bars() as bars:
+            manifest = corpus.tokenize(
+                paths,
+                out,
+                encoding=encoding,
+                policy=policy,
+                train_vocab=train_vocab,
+                layout=to,
+                workers=workers,
+                shard_tokens=shard_tokens,
+                progress=bars.tokenized,
+            )
+    except (KeyboardInterrupt, SystemExit):
+        console.note("interrupted: the same command goes on where this one stopped")
+        raise
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens "
         f"({manifest.split}), made with {manifest.encoder}"
