@@ -229,7 +229,7 @@ def runs(parent: Path) -> list[Path]:
 
 def free_name(data: Path) -> Path:
     """A run folder that does not exist yet, named by its data and the time."""
-    first = Path("runs") / f"{data.name.split('.')[0] or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = Path("runs") / f"{data.name.split('.')[0].strip('-') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (first if n == 0 else first.with_name(f"{first.name}-{n}") for n in itertools.count())
     return next(path for path in names if not path.exists())
 

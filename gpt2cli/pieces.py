@@ -125,14 +125,13 @@ def _next(document: bytes, begin: int, closed: bool, settle: Settle | None) -> t
 
 
 def find_cut(data: bytes, begin: int, end: int) -> int:
-    """The last place in data[begin:end] where the text may be cut whatever follows, 0 where there is none. It stays clear
-    of the end, where a separator may have begun."""
+    """The last place at the end of data[begin:end] where the text may be cut whatever follows, 0 where the last 64 kB hold
+    none. It stays clear of the very end, where a separator may have begun."""
     end -= len(SEPARATOR)
     while end > begin and data[end] & 0xC0 == 0x80:
         end -= 1
     for pattern in (_BEFORE_SPACE, _AFTER_WORD):
-        # Look at the last few thousand bytes first: in most texts the last space is near.
-        for start in (max(begin, end - 4096), begin):
+        for start in (max(begin, end - 4096), max(begin, end - 65536)):  # in most texts the last space is near
             while start < end and data[start] & 0xC0 == 0x80:
                 start += 1
             text = data[start : max(start, end)].decode("utf-8", "surrogateescape")
