@@ -194,7 +194,12 @@ class Job:
             if done := finished(out, self.key):
                 return done
             if out.exists() and not replace:
-                raise UserError(f"{out} already exists and holds something else: give another folder with --out")
+                what = (
+                    "was made of another text or with other options"
+                    if (out / "manifest.json").exists()
+                    else "holds other things"
+                )
+                raise UserError(f"{out} already exists and {what}: give another folder with --out, or delete it")
             shutil.rmtree(out, ignore_errors=True)
             folder = work / "tokens"
             state = self._state_before(work, folder)
@@ -221,6 +226,7 @@ class Job:
         saved = time.monotonic()
         large = self.seen.size - state.bytes >= PARALLEL_FROM[encoder.fast]
         count = workers or (min(_cores(), DEFAULT_WORKERS[encoder.fast]) if large else 1)
+        self.progress("tokenizing", state.bytes, self.seen.size)
         pieces = self._pieces(state, partial(encode.settle, encoding=self.encoding))
         try:
             for batch, ids in encode.encode_all(encode.batches(pieces), encoder, count):

@@ -49,17 +49,23 @@ class Chunk:
 # ==== finding ====
 
 
-def find_texts(inputs: Sequence[Path]) -> list[Path]:
-    """Files named, and the text files below folders named, in natural order (part2 before part10).
+def find_texts(inputs: Sequence[Path], kind: str = "auto") -> list[Path]:
+    """Files named, and the text files below folders named, in natural order (part2 before part10). Where the `kind` of text
+    is said, all files but hidden and empty ones are such.
 
     Raises UserError for what does not exist, and for a folder without text.
     """
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            below = [p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
+            suffixes = TEXT_SUFFIXES if kind == "auto" else ""
+            shown = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            below = [p for p in shown if p.name.lower().endswith(suffixes) and p.is_file() and p.stat().st_size]
             if not below:
-                raise UserError(f"{path} holds no text: expected files ending in {', '.join(KINDS)}, or those with .gz")
+                raise UserError(
+                    f"{path} holds no text: expected files ending in {', '.join(KINDS)}, or those with .gz; "
+                    "--format text takes files of any name"
+                )
             found += sorted(below, key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", str(p))])
         elif path in (EMBEDDED, STDIN) or path.exists():
             found.append(path)
@@ -73,7 +79,7 @@ def opened(inputs: Sequence[Path], kind: str = "auto", field: str = "text", scra
     """The texts of `inputs`. What cannot be read twice, as stdin, is copied to the folder `scratch` meanwhile."""
     with contextlib.ExitStack() as stack:
         texts = []
-        for path in find_texts(inputs):
+        for path in find_texts(inputs, kind):
             name, packed = path.name.lower(), path.name.lower().endswith(".gz")
             found = kind if kind != "auto" else NAMED.get(Path(name.removesuffix(".gz")).suffix, "text")
             file = path
@@ -219,7 +225,9 @@ def _lines(file: BinaryIO, text: Text, errors: str, start: int) -> Iterator[Chun
         if len(line) > RECORD_BYTES:
             raise UserError(f"{where} is longer than {RECORD_BYTES >> 20} MB, the limit of a JSON record")
         at += len(line)
-        if line.isspace():
+        if at == len(line):
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8", errors))
@@ -227,14 +235,18 @@ def _lines(file: BinaryIO, text: Text, errors: str, start: int) -> Iterator[Chun
             raise _not_utf8(where, error, at - len(line)) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}; expected one object a line") from None
-        yield Chunk(_field(record, text.field, where, errors), True, at)
+        if (data := _field(record, text.field, where, errors)) is not None:
+            yield Chunk(data, True, at)
 
 
-def _field(record: Any, field: str, where: str, errors: str) -> bytes:
+def _field(record: Any, field: str, where: str, errors: str) -> bytes | None:
+    """Its text; None for null."""
     if not isinstance(record, dict) or field not in record:
         has = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise UserError(f"{where} has no field {field!r}, but {has[:200]}: name the field of the text with --field")
     value = record[field]
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, expected a string; name another with --field")
     try:

@@ -162,13 +162,15 @@ def split_tail(pieces: Iterable[Piece], target: int, at: int, in_tail: bool) -> 
 
 
 def _cut_from(data: bytes, head: int) -> int:
-    """The first cut at or after byte `head`, before a space where there is one; 0 where there is none."""
+    """The first cut at or after byte `head`, before a space where there is one; in a run without any the next character,
+    since what follows is a document of its own. 0 where there is none."""
     start = max(head - 1, 0)
     while start and data[start] & 0xC0 == 0x80:
         start -= 1
     text = data[start:].decode("utf-8", "surrogateescape")
     found = _BEFORE_SPACE.search(text) or _AFTER_WORD.search(text)
-    return start + len(text[: found.end()].encode("utf-8", "surrogateescape")) if found else 0
+    end = found.end() if found else 1
+    return start + len(text[:end].encode("utf-8", "surrogateescape")) if len(text) > end else 0
 
 
 def _key(head: bytes) -> float:

@@ -110,7 +110,9 @@ def _is_made_with(encoding: Encoding, folder: Path) -> bool:
         return False
     made_with = atomic.read_sealed(folder / "manifest.json").get("tokenizer_sha256")
     if made_with and made_with != encoding.sha256:
-        raise UserError(f"{folder} was tokenized with another vocabulary than the model's: tokenize the text again")
+        raise UserError(
+            f"{folder} was tokenized with another vocabulary than the model's: use 'gpt2 tokenize --tokenizer MODEL'"
+        )
     return bool(made_with)
 
 
@@ -129,6 +131,8 @@ def _find_tokens(path: Path, train: TrainConfig, encoding: Encoding, cache: Path
             raise UserError(f"{path} holds {files[0].name}, but no train*.bin or train*.npy: put train or val into the names")
     elif path.suffix in SUFFIXES and path.is_file() and not _starts_as_text(path):
         open_shard(path)
+        if find_shards(path.parent, "train"):
+            raise UserError(f"{path} is one token shard; give its folder: {path.parent}")
         raise UserError(
             f"{path} is one token shard; expected a folder of them: put it into one as train{path.suffix}, with "
             f"val{path.suffix} beside it if you have one, and give the folder"

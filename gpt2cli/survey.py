@@ -57,6 +57,7 @@ def survey(texts: Sequence[Text], policy: Policy, progress: Progress) -> Survey:
     seen = Survey([])
     size = sum(text.file.stat().st_size for text in texts)
     before, told, stride, number = 0, 0, 1, 0
+    progress("reading", 0, size)
     for text in texts:
         chunks = documents.Surveyed(text, policy.errors)
         begin = seen.size
@@ -68,7 +69,7 @@ def survey(texts: Sequence[Text], policy: Policy, progress: Progress) -> Survey:
                 if len(seen.sample) == 2 * SAMPLE_PIECES:
                     seen.sample, stride = seen.sample[::2], 2 * stride
             number += 1
-            if before + chunks.file_bytes >= told + documents.BLOCK or told == 0:
+            if before + chunks.file_bytes >= told + documents.BLOCK:
                 told = before + chunks.file_bytes
                 progress("reading", min(told, size), size)
         if seen.size == begin:

@@ -295,9 +295,10 @@ def test_the_split_can_be_chosen(tmp_path, text_file, shakespeare):
 
 
 def test_the_tail_of_a_text_without_spaces_has_its_size(tmp_path):
-    (tmp_path / "a.txt").write_text("漢字文、句読点。" * 20_000, encoding="utf-8")
-    manifest = run([tmp_path / "a.txt"], tmp_path / "out", Policy(val_fraction=0.05))
-    assert manifest.split == "tail" and 0.049 < manifest.val_bytes / 480_000 < 0.051
+    for n, text in enumerate(("漢字文、句読点。" * 20_000, "漢字文" * 50_000, "a" * 450_000)):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        manifest = run([tmp_path / "a.txt"], tmp_path / f"out{n}", Policy(val_fraction=0.05))
+        assert manifest.split == "tail" and 0.049 < manifest.val_bytes / len(text.encode()) < 0.051
 
 
 def test_a_document_after_the_separator_at_the_border_is_held_out_whole(tmp_path, shakespeare):
@@ -321,8 +322,23 @@ def test_folders_and_gzip_are_read_in_natural_order(tmp_path):
     (tmp_path / "in" / "part3.txt.gz").write_bytes(gzip.compress(b"text 3"))
     (tmp_path / "in" / "deep" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "record"}\n\n{"text": ""}\n'))
     (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "in" / "empty.txt").touch()
+    (tmp_path / "in" / ".hidden").mkdir()
+    (tmp_path / "in" / ".hidden" / "a.txt").write_text("hidden")
     run([tmp_path / "in"], tmp_path / "out")
     assert documents_of(tmp_path / "out") == ["record", "text 1", "text 2", "text 3", "text 10"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("pass")
+    with pytest.raises(UserError, match="--format text takes files of any name"):
+        run([tmp_path / "code"], tmp_path / "none")
+    run([tmp_path / "code"], tmp_path / "any", Policy(val_fraction=0, format="text"))
+    assert documents_of(tmp_path / "any") == ["pass"]
+
+
+def test_records_may_begin_with_a_byte_order_mark_and_null_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    run([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert documents_of(tmp_path / "out") == ["one", "two"]
 
 
 def test_stdin_is_read_and_several_inputs_are_one_text(tmp_path, monkeypatch):
@@ -382,7 +398,7 @@ def test_parquet_without_the_library_says_what_to_install(tmp_path, monkeypatch)
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds int"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: \\ud83d is half a character"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": ""}\n', "holds no text"),
+        ("a.jsonl", b'{"text": ""}\n{"text": null}\n', "holds no text"),
         ("a.parquet", b"PAR1 or not", "not a whole parquet file"),
     ],
 )
@@ -568,7 +584,7 @@ def test_work_that_was_cut_short_is_not_finished(tmp_path, monkeypatch, text_fil
     for layout, name in (("llmc", "train_000000.bin"), ("nanogpt", "train.bin")):
         run([text_file], tmp_path / layout, layout=layout)
         os.truncate(tmp_path / layout / name, 20_000)
-        with pytest.raises(UserError, match="already exists"):
+        with pytest.raises(UserError, match="already exists and was made of"):
             run([text_file], tmp_path / layout, layout=layout)
 
 
@@ -596,7 +612,7 @@ def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, tex
     assert run([text_file], tmp_path / "out") == first
     assert (tmp_path / "out" / "train_000000.bin").stat().st_mtime_ns == stamp
     for other in ({"policy": Policy(val_fraction=0.2)}, {"shard_tokens": 500}, {"layout": "nanogpt"}):
-        with pytest.raises(UserError, match="already exists"):
+        with pytest.raises(UserError, match="already exists and was made of"):
             run([text_file], tmp_path / "out", **other)
 
 
@@ -641,5 +657,5 @@ def test_an_own_vocabulary_is_of_the_training_split_and_goes_on_after_an_interru
     monkeypatch.setattr("gpt2cli.vocabulary.train", None)  # it is not trained again
     assert run([tmp_path / "a.txt"], tmp_path / "out", policy, train_vocab=600) == whole
     assert same_shards(tmp_path / "whole", tmp_path / "out")
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="already exists and was made of"):
         run([tmp_path / "a.txt"], tmp_path / "out", policy, train_vocab=601)

@@ -139,7 +139,7 @@ def test_a_mixture_on_the_command_line_and_in_a_settings_file(gpt2, mixture):
         (["--config", "words.toml"], "--data bin=many: expected a path and its weight"),
         (["empty"], "empty holds no text and no shards, it is empty: expected text files, or train*.bin and val*.bin"),
         (["unnamed"], "unnamed holds 0001.bin, but no train*.bin or train*.npy"),
-        (["bin/train.bin"], "bin/train.bin is one token shard; expected a folder of them"),
+        (["bin/train.bin"], "bin/train.bin is one token shard; give its folder"),
         (["wrong.bin"], "wrong.bin is a zip file"),
         (["onlyval"], "onlyval holds no train shards"),
     ],

@@ -82,7 +82,7 @@ class Bars:
             self._tasks[what] = self._progress.add_task(what, total=total or None)
             self._told = self._began = time.monotonic()
             if not stderr.is_terminal:
-                note(f"{what} ({size(total)})" if total else what)
+                note(f"{what} ({size(total)}{f', {size(done)} of it done before' if done else ''})" if total else what)
         elif not stderr.is_terminal and time.monotonic() > self._told + LINE_SECONDS:
             self._told = time.monotonic()
             rate = max(1.0, done / (self._told - self._began))

@@ -55,7 +55,7 @@ def command(
         option(VOCABULARY, "Train a vocabulary of so many ids on the text, in place of GPT-2's.", show_default="none"),
     ] = None,
     tokenizer: Annotated[
-        Path | None, option(VOCABULARY, "Use that of a model or tokens folder, or a tokenizer.json.", show_default="GPT-2's")
+        Path | None, option(VOCABULARY, "Use that of a run, a model or a tokens folder.", show_default="GPT-2's")
     ] = None,
     show: Annotated[bool, option(LOOKING, "Print the text token by token, with the ids.", "--show")] = False,
     decode: Annotated[
@@ -104,7 +104,9 @@ def command(
                 progress=bars.tokenized,
             )
     except (KeyboardInterrupt, SystemExit):
-        console.note("interrupted: the same command goes on where this one stopped")
+        kept = out.with_name(f".{out.name}.partial")
+        if kept.exists():
+            console.note(f"interrupted: the same command goes on where this one stopped; what is done is in {kept}")
         raise
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens "
@@ -121,7 +123,9 @@ def find_encoding(path: Path | None) -> Encoding:
 
     if path is None:
         return Encoding.gpt2()
+    if (path / "run.json").is_file():
+        path = max(path.glob("step-*"), default=path)  # all checkpoints of a run have the same
     found = Encoding.from_folder(path)
     if found is None:
-        raise UserError(f"{path} holds no tokenizer.json; expected a model folder, a tokens folder with its own vocabulary")
+        raise UserError(f"{path} holds no tokenizer.json; expected a run, a model, or a tokens folder that has its own")
     return found

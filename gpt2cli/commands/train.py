@@ -45,7 +45,7 @@ def command(
         Path | None,
         typer.Argument(
             metavar="[INPUT]",
-            help="A text file, a folder of them, or a folder of token shards; without it the embedded Shakespeare.",
+            help="Text, .jsonl, .parquet, a folder of them, - for stdin, or a folder of token shards; by default Shakespeare.",
         ),
     ] = None,
     preset: Annotated[str, option(MODEL, "Size: " + ", ".join(PRESETS), metavar="NAME")] = "seed",
@@ -159,7 +159,7 @@ def decide(context: typer.Context) -> Plan:
             console.note(f"{out} holds no run yet: starting from zero")
         if data is None:
             console.note("no INPUT: training on the embedded works of Shakespeare")
-        return make_plan(
+        plan = make_plan(
             data,
             {name: given[name] for name in SHAPE_FIELDS if name in given},
             TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
@@ -170,6 +170,10 @@ def decide(context: typer.Context) -> Plan:
             on_tokenize=bars.tokenized,
             on_download=bars.downloaded,
         )
+    of_file = "DEFAULT_MAP" in (source_of(context, "data"), source_of(context, "mixture"))
+    if of_file and context.meta.get("data_sha256", plan.data_sha256) != plan.data_sha256:
+        console.note(f"{values['config']}: its data has changed since that run")
+    return plan
 
 
 def runs_near(out: Path) -> str:
@@ -233,6 +237,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         run = read_json(path)  # not its seal: here it is a settings file, which people edit
         try:
             start = run["init_from"] and str(from_home(run["init_from"]))
+            context.meta["data_sha256"] = run["data"].get("sha256")
             values, data = run["model"] | run["train"] | {"init_from": start}, run["data"]["given"]
             data = {str(from_home(p)): w for p, w in data.items()} if isinstance(data, dict) else str(from_home(data))
         except (KeyError, TypeError, AttributeError):
