@@ -263,7 +263,7 @@ def _rows(text: Text, start: int) -> Iterator[Chunk]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{text.name} is a parquet file; to read those: pip install 'gpt2cli[parquet]'") from None
+        raise UserError(f"{text.name} is a parquet file; to read those: pip install pyarrow") from None
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(text.file, memory_map=True) as file:
