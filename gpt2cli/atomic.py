@@ -46,13 +46,16 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def workplace(target: Path, on_wait: Callable[[], None]) -> Iterator[Path]:
     """A hidden sibling to make `target` in, held by this process alone; `on_wait` is called where another one has it. What
-    an interrupted process left is still in it. It is removed when `target` is there at the end."""
+    an interrupted process left is still in it. It is removed when `target` is there at the end, and where it is empty."""
     place = target.parent / f".{target.name}.partial"
     place.mkdir(parents=True, exist_ok=True)
     with lock(place, on_wait):
-        yield place
-        if target.exists():
-            shutil.rmtree(place, ignore_errors=True)
+        try:
+            yield place
+        finally:
+            begun = any(path.is_file() and path.name != ".lock" for path in place.rglob("*"))
+            if target.exists() or not begun:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def install(folder: Path, target: Path) -> None:

@@ -577,6 +577,7 @@ def test_a_disk_that_is_too_small_is_told_first(tmp_path, monkeypatch, text_file
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"the shards need about .* free"):
         run([text_file], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input.txt"]
 
 
 def test_work_that_was_cut_short_is_not_finished(tmp_path, monkeypatch, text_file):
