@@ -105,8 +105,8 @@ def command(
             )
     except (KeyboardInterrupt, SystemExit):
         kept = out.with_name(f".{out.name}.partial")
-        if kept.exists():
-            console.note(f"interrupted: the same command goes on where this one stopped; what is done is in {kept}")
+        done = f": the same command goes on where this one stopped; what is done is in {kept}" if kept.exists() else ""
+        console.note(f"interrupted{done}")
         raise
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens "
