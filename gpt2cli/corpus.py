@@ -28,7 +28,7 @@ from gpt2cli.tokenizer import Encoding
 
 PARALLEL_FROM = {False: 16 << 20, True: 256 << 20}  # bytes: workers save more than they cost; a fast encoder: later
 FAST_FROM = 1 << 20  # below this many bytes a faster encoder is not worth its proof
-DEFAULT_WORKERS = {False: 6, True: 2}  # at most: so many stay below a gigabyte together
+DEFAULT_WORKERS = {False: 6, True: 2}  # at most, for memory: a fast one may hold 300 MB
 MOST_WORKERS = 61  # what Windows can wait for
 VOCABULARY_BYTES = 200_000_000  # of a text, to train a vocabulary on
 SAVE_SECONDS = 5.0
