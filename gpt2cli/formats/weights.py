@@ -1,0 +1,87 @@
+"""What every format is read into and written from: a config, and weights by `GPT`'s own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2cli.config import GPTConfig
+from gpt2cli.errors import UserError
+from gpt2cli.tokenizer import Encoding
+
+State = Mapping[str, Tensor]  # `GPT`'s names, linear weights as (out, in)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXACT_GELU, TANH_GELU = ("gelu",), ("gelu_new", "gelu_pytorch_tanh")
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors of files, each read when it is asked for and not kept: a model larger than the memory can pass through."""
+
+    def __init__(self, readers: dict[str, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model as one of the formats holds it."""
+
+    config: GPTConfig
+    weights: State
+    encoding: Encoding | None = None  # its own tokenizer, where the format has a place for one
+    notes: list[str] = field(default_factory=list)  # what reading changed, for people
+    facts: dict[str, Any] = field(default_factory=dict)  # where it comes from, as far as it says
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a GPT of this config."""
+    C, M = config.n_embd, config.inner_size
+    block: dict[str, tuple[int, ...]] = {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (3 * C, C),
+        "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C),
+        "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,),
+        "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (M, C),
+        "mlp.c_fc.bias": (M,),
+        "mlp.c_proj.weight": (C, M),
+        "mlp.c_proj.bias": (C,),
+    }
+    table: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    table |= {f"h.{n}.{name}": shape for n in range(config.n_layer) for name, shape in block.items()}
+    table |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = (config.vocab_size, C)
+    return table
+
+
+def check(config: GPTConfig, weights: State, source: str) -> None:
+    """Raises UserError, naming `source`, unless `weights` are exactly the tensors of a GPT of this config."""
+    expected = shapes(config)
+    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing:
+        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if extra:
+        raise UserError(f"{source}: tensor {extra[0]} has no place in this GPT-2")
+    for name, shape in expected.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, but its config asks for {shape}")
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(f"{source}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected {', '.join(DTYPES)}")
