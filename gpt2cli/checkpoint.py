@@ -28,7 +28,7 @@ from torch import Tensor
 from gpt2cli import __version__, atomic
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
-from gpt2cli.formats import huggingface
+from gpt2cli.formats import hub, huggingface
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
@@ -245,7 +245,7 @@ class Loaded:
     embedded_vocabulary: bool  # the folder brings no tokenizer
 
 
-def find_model(name: str | None, progress: huggingface.Progress | None = None) -> Path:
+def find_model(name: str | None, progress: hub.Progress | None = None) -> Path:
     """The model folder that MODEL means: a run's best checkpoint, a model folder, or a hub name; without a name the newest
     run under `runs/`. Raises UserError where there is none."""
     if name is None:
@@ -261,7 +261,7 @@ def find_model(name: str | None, progress: huggingface.Progress | None = None) -
         if folder is None:
             raise UserError(f"{name} has no checkpoint yet: continue it with 'gpt2 train --resume --out {name}'")
         return folder
-    return huggingface.find(name, progress)
+    return hub.find(name, progress)
 
 
 def find_encoding(folder: Path, vocab_size: int) -> tuple[Encoding, bool]:
@@ -275,7 +275,7 @@ def find_encoding(folder: Path, vocab_size: int) -> tuple[Encoding, bool]:
     return encoding, own is None
 
 
-def load(name: str | None, progress: huggingface.Progress | None = None) -> Loaded:
+def load(name: str | None, progress: hub.Progress | None = None) -> Loaded:
     """The model and tokenizer that MODEL means, see `find_model`, in evaluation mode on the CPU."""
     folder = find_model(name, progress)
     try:

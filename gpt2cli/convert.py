@@ -9,7 +9,7 @@ import torch
 
 from gpt2cli import __version__, atomic, checkpoint
 from gpt2cli.errors import UserError
-from gpt2cli.formats import huggingface
+from gpt2cli.formats import hub, huggingface
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
@@ -30,7 +30,7 @@ class Conversion:
     files: dict[str, str]  # name -> sha256
 
 
-def convert(source: str, out: Path, *, force: bool = False, progress: huggingface.Progress | None = None) -> Conversion:
+def convert(source: str, out: Path, *, force: bool = False, progress: hub.Progress | None = None) -> Conversion:
     """Write `source` (a run, a checkpoint, a HuggingFace folder or a hub name) as the HuggingFace folder `out`, in the
     dtype it has. The weights are read back and compared bit for bit, and the logits with transformers' own, before `out`
     appears. Raises UserError where the source cannot be read, `out` is there already (unless `force`), or a proof fails.

@@ -10,7 +10,7 @@ transposed, which `formats` takes care of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -176,16 +176,16 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path) -> GPT:
         """A GPT-2 from a local HuggingFace folder or from the hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or any
         `owner/name`), in fp32. Raises UserError where it is not there or is no GPT-2."""
-        from gpt2cli.formats import huggingface
+        from gpt2cli.formats import hub, huggingface
 
-        return cls.from_state(*huggingface.read(huggingface.find(str(name_or_folder))))
+        return cls.from_state(*huggingface.read(hub.find(str(name_or_folder))))
 
     @classmethod
-    def from_state(cls, config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    def from_state(cls, config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
         """A model that holds `state`'s own tensors, in fp32."""
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        model.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from gpt2cli import __version__, atomic, checkpoint, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError, size
-from gpt2cli.formats import huggingface
+from gpt2cli.formats import hub, huggingface
 from gpt2cli.loss import CHUNK as loss_rows
 from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
 from gpt2cli.survey import Progress
@@ -172,7 +172,7 @@ def make_plan(
     out: Path | None = None,
     cache: Path | None = None,
     on_tokenize: Progress = lambda what, done, total: None,
-    on_download: huggingface.Progress | None = None,
+    on_download: hub.Progress | None = None,
 ) -> Plan:
     """Decide a new run on `data`: a text file, a folder of them, or a folder of token shards; a mapping from such paths to
     their weights; the embedded Shakespeare where None. `shape` has the fields of GPTConfig that were chosen.

@@ -1,4 +1,4 @@
-"""HuggingFace's GPT-2 folders: `config.json` and safetensors (or `.bin`), whole or sharded, local or on the hub.
+"""HuggingFace's GPT-2 folders: `config.json` and safetensors (or `.bin`), whole or sharded.
 
 HuggingFace                              ours
 transformer.wte.weight (V, C)            wte.weight            the prefix is missing in OpenAI's original files
@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from gpt2cli import atomic
 from gpt2cli.config import ACTIVATIONS, GPTConfig
 from gpt2cli.errors import UserError
+from gpt2cli.formats import weights
+from gpt2cli.formats.weights import State, Weights
 from gpt2cli.tokenizer import Encoding
-
-State = dict[str, Tensor]
-Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -45,9 +44,8 @@ _SAME_NAME = (
     "scale_attn_by_inverse_layer_idx",
     "tie_word_embeddings",
 )
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 # ==== config.json ====
@@ -105,70 +103,48 @@ def config_to_json(config: GPTConfig, dtype: torch.dtype, eot: int | None) -> di
 
 
 def read(folder: Path) -> tuple[GPTConfig, State]:
-    """Config and weights (in the dtype they are stored in) of a local folder.
+    """Config and weights (in the dtype they are stored in, read when they are asked for) of a local folder.
 
     Raises UserError for a folder that is not a whole GPT-2: a file missing, cut short or changed since we wrote it, a
     tensor missing, left over or of another shape.
     """
     config = read_config(folder)
-    atomic.check_seal(folder, names={"config.json", *_WEIGHTS})
-    expected = expected_shapes(config)
-    state: State = {}
+    atomic.check_seal(folder, names={"config.json", *WEIGHTS})
+    readers: dict[str, Callable[[], Tensor]] = {}
     for file in weight_files(folder):
-        for name, tensor in _read_tensors(file):
+        for name, reader in _tensors(file).items():
             ours = name.removeprefix("transformer.")
-            if ours.endswith(_MASKS) or (ours == "lm_head.weight" and config.tie_word_embeddings):
-                continue
-            if ours not in expected or ours in state:
+            if ours in readers or (
+                ours not in weights.shapes(config) and not ours.endswith(_MASKS) and ours != "lm_head.weight"
+            ):
                 raise UserError(f"{file}: tensor {name} has no place in this GPT-2, see {folder / 'config.json'}")
-            if ours.endswith(_TRANSPOSED) and tensor.dim() == 2:
-                tensor = tensor.t().contiguous()
-            if tuple(tensor.shape) != expected[ours]:
-                raise UserError(
-                    f"{file}: {name} has shape {tuple(tensor.shape)}, but config.json asks for {expected[ours]} (in our layout)"
-                )
-            state[ours] = tensor
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+            readers[ours] = partial(_transposed, reader) if ours.endswith(_TRANSPOSED) else reader
+    head = readers.pop("lm_head.weight") if config.tie_word_embeddings and "lm_head.weight" in readers else None
+    state = Weights({name: reader for name, reader in readers.items() if not name.endswith(_MASKS)})
+    weights.check(config, state, str(folder))
+    if head and not torch.equal(head(), state["wte.weight"]):
+        raise UserError(
+            f"{folder}: lm_head.weight differs from wte.weight, though config.json ties them: which one is meant? "
+            'Write "tie_word_embeddings": false there to use both, or delete lm_head.weight'
+        )
     return config, state
 
 
-def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a GPT of this config."""
-    C, M = config.n_embd, config.inner_size
-    block: dict[str, tuple[int, ...]] = {
-        "ln_1.weight": (C,),
-        "ln_1.bias": (C,),
-        "attn.c_attn.weight": (3 * C, C),
-        "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C),
-        "attn.c_proj.bias": (C,),
-        "ln_2.weight": (C,),
-        "ln_2.bias": (C,),
-        "mlp.c_fc.weight": (M, C),
-        "mlp.c_fc.bias": (M,),
-        "mlp.c_proj.weight": (C, M),
-        "mlp.c_proj.bias": (C,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
-    shapes |= {f"h.{n}.{name}": shape for n in range(config.n_layer) for name, shape in block.items()}
-    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, C)
-    return shapes
+def _transposed(reader: Callable[[], Tensor]) -> Tensor:
+    tensor = reader()
+    return tensor.t() if tensor.dim() == 2 else tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, safetensors before `.bin`. Raises UserError where there are none."""
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
             continue
         if not name.endswith(".index.json"):
             return [path]
         return [_shard(folder, name) for name in shard_names(path)]
-    raise UserError(f"{folder} has no weights: expected {' or '.join(_WEIGHTS)}")
+    raise UserError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)}")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -193,119 +169,74 @@ def _shard(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_tensors(path: Path) -> list[tuple[str, Tensor]]:
+def _tensors(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """A reader for each tensor of a weight file."""
+    if path.suffix == ".safetensors":
+        return {name: partial(_read_safetensors, path, name) for name in _read_safetensors(path)}
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - no mapping
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise many kinds for damaged or hostile files
+    except Exception as error:  # the library raises many kinds for damaged or hostile files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a weight file: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds no plain table of tensors")
-    return list(state.items())
+    return {name: partial(state.__getitem__, name) for name in state}
+
+
+def _read_safetensors(path: Path, name: str | None = None) -> Any:
+    """One tensor of a file, mapped into memory as long as it lives; without a name the names of all."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name) if name else list(file.keys())
+    except Exception as error:  # the library raises many kinds for damaged or hostile files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or not a weight file: {reason}") from None
 
 
 # ==== writing ====
 
 
-def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | None) -> None:
-    """Write config, weights and tokenizer of a model into an existing folder."""
-    for ours, shape in expected_shapes(config).items():
-        if ours not in state or tuple(state[ours].shape) != shape:
-            raise ValueError(f"{ours} should be a tensor of shape {shape}")
+def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | None, dtype: torch.dtype | None = None) -> None:
+    """Write config, weights (in `dtype`, by default their own) and tokenizer of a model into an existing folder."""
+    weights.check(config, state, "the model")
     (folder / atomic.SEAL).unlink(missing_ok=True)  # it would be another model's
-    dtype = state["wte.weight"].dtype
-    theirs = {}
-    for ours, tensor in state.items():
+    theirs: dict[str, Callable[[], Tensor]] = {}
+    for ours in state:
+        reader = partial(state.__getitem__, ours)
         name = ours if ours == "lm_head.weight" else f"transformer.{ours}"
-        theirs[name] = (tensor.t() if ours.endswith(_TRANSPOSED) else tensor).detach().cpu().contiguous()
+        theirs[name] = partial(_transposed, reader) if ours.endswith(_TRANSPOSED) else reader
+    dtype = dtype or state["wte.weight"].dtype
+    _write_safetensors(folder / "model.safetensors", Weights(theirs), dtype)
     eot = encoding.eot if encoding else None
-    try:
-        save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {folder / 'model.safetensors'}: {error}") from None
     _write_json(folder / "config.json", config_to_json(config, dtype, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
     if encoding:
         encoding.save(folder)
 
 
+def _write_safetensors(path: Path, tensors: State, dtype: torch.dtype) -> None:
+    """The file that `safetensors.torch.save_file` writes, which needs a second and third copy of the model for it; here it is
+    one tensor. The format: https://huggingface.co/docs/safetensors. Replaces `path` at the end: it may be mapped."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        shape = list(tensors[name].shape)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().to("cpu", dtype).contiguous()
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-# ==== the hub ====
-
-
-def find(name: str, progress: Progress | None = None) -> Path:
-    """A local folder as it is, or else the folder in HuggingFace's cache with the hub's model of that name, downloaded
-    where it is not there yet. Raises UserError for an unknown name, and for a network that is not there."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name} is neither a model folder nor the name of a model on the hub, like gpt2 or owner/name")
-    config = _download(name, "config.json", progress)
-    if config is None:
-        raise UserError(f"{name} on the hub has no config.json: it is not a transformers model")
-    config_from_json(atomic.read_json(config), f"{name}/config.json")
-    folder = config.parent
-    revision = folder.name  # the cache names it by the commit: all files are to be of one
-    for file in _TOKENIZER:
-        if _download(name, file, progress, revision) and file == "tokenizer.json":
-            break
-    for file in _WEIGHTS:
-        found = _download(name, file, progress, revision)
-        if found:
-            for shard in shard_names(found) if file.endswith(".index.json") else []:
-                if not _download(name, shard, progress, revision):
-                    raise UserError(f"{name} on the hub lacks {shard}, which its {file} names")
-            return folder
-    raise UserError(f"{name} on the hub has no weights: expected {' or '.join(_WEIGHTS)}")
-
-
-def _download(name: str, file: str, progress: Progress | None, revision: str | None = None) -> Path | None:
-    """One file of a hub model, from HuggingFace's cache where it is there; None where the model has no such file."""
-    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
-    from tqdm.auto import tqdm
-
-    cached = try_to_load_from_cache(name, file, revision=revision)
-    if cached is not None:  # else nobody has asked for it yet
-        return None if cached is _CACHED_NO_EXIST else Path(str(cached))
-
-    class Report(tqdm):
-        """Tells `progress` instead of drawing."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115 - lives as long as the bar
-
-        def update(self, n: float | None = 1) -> bool | None:
-            done = super().update(n)
-            if progress:
-                progress(file, int(self.n), int(self.total or 0))
-            return done
-
-    offline = (
-        f"{name} is not in HuggingFace's cache, and the hub cannot be reached. On a machine with a network run "
-        f"'gpt2 convert --from-hf {name}' and copy the folder here, or give the path of a local folder"
-    )
-    try:
-        return Path(hf_hub_download(name, file, revision=revision, tqdm_class=Report))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"the hub has no model named {name} (or it is private: log in with 'hf auth login'); "
-            "expected a local folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name"
-        ) from None
-    except errors.LocalEntryNotFoundError:  # also an EntryNotFoundError, so it comes first
-        raise UserError(offline) from None
-    except errors.EntryNotFoundError:
-        return None
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"the hub refused {name}/{file}: {str(error).splitlines()[0]}") from None
-    except OSError:
-        raise
-    except Exception as error:  # of the HTTP library, whichever the hub's client uses
-        raise UserError(f"downloading {name}/{file} failed ({error or type(error).__name__}): run it again") from None
