@@ -44,6 +44,25 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """The path of a temporary sibling to write; at the end it is flushed to disk and takes the place of `target`. If
+    anything fails it is removed, and `target` is as it was."""
+    made = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, target)
+        flush(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        if made:
+            target.parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def workplace(target: Path, on_wait: Callable[[], None]) -> Iterator[Path]:
     """A hidden sibling to make `target` in, held by this process alone; `on_wait` is called where another one has it. What
     an interrupted process left is still in it. It is removed when `target` is there at the end, and where it is empty."""
@@ -99,14 +118,8 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace one file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

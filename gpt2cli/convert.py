@@ -1,19 +1,88 @@
-"""Any GPT-2 we can read -> a HuggingFace folder, proven before it is called done."""
+"""Any GPT-2 -> any format that can express it, proven before it is called done."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gpt2cli import __version__, atomic, checkpoint
+from gpt2cli import __version__, atomic, prove
+from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
-from gpt2cli.formats import hub, huggingface
-from gpt2cli.model import GPT
-from gpt2cli.tokenizer import Encoding
+from gpt2cli.formats import gguf, hub, huggingface, llmc, nanogpt
+from gpt2cli.formats.weights import DTYPES, TANH_GELU, Contents, State
+from gpt2cli.identify import Found, cropped, find, read_folder
 
-TOLERANCE = 1e-4  # of fp32 logits, for each 10 of their size
+Tell = Callable[[str], None]
+
+
+# ==== the formats that are written ====
+
+
+@dataclass(frozen=True)
+class Format:
+    """`express` says what becomes of a config in this format, with a sentence for each change, or raises UserError for what
+    has no place in it; `write` (path, contents, dtype) returns more such sentences; `program` (path, ids, dtype) is how another
+    program computes it, or None where that is not installed."""
+
+    title: str
+    name: str  # of what is written where no --out is given
+    dtypes: tuple[str, ...]
+    express: Callable[[GPTConfig], tuple[GPTConfig, list[str]]]
+    write: Callable[[Path, Contents, str], list[str]]
+    read: Callable[[Path], Contents]
+    program: Callable[[Path, Tensor, str], prove.Logits | None] = lambda path, ids, dtype: None
+
+
+def _write_huggingface(folder: Path, contents: Contents, dtype: str) -> list[str]:
+    huggingface.write(folder, contents.config, contents.weights, contents.encoding, DTYPES[dtype])
+    if contents.folder:
+        huggingface.copy_tokenizer(contents.folder, folder)
+    return []
+
+
+FORMATS = {
+    "hf": Format(
+        title="HuggingFace folder",
+        name="{}-hf",
+        dtypes=("fp32", "fp16", "bf16"),
+        express=lambda config: (config, []),
+        write=_write_huggingface,
+        read=read_folder,
+        program=prove.transformers_logits,
+    ),
+    "nanogpt": Format(
+        title="nanoGPT checkpoint",
+        name="{}-nanogpt/ckpt.pt",
+        dtypes=("fp32",),
+        express=nanogpt.express,
+        write=nanogpt.write,
+        read=nanogpt.read,
+    ),
+    "llmc": Format(
+        title="llm.c model",
+        name="{}.bin",
+        dtypes=("fp32", "bf16"),
+        express=llmc.express,
+        write=llmc.write,
+        read=llmc.read,
+    ),
+    "gguf": Format(
+        title="GGUF",
+        name="{}.gguf",
+        dtypes=("fp32", "fp16", "bf16", "q8_0"),
+        express=gguf.express,
+        write=gguf.write,
+        read=gguf.read_back,
+        program=prove.llama_logits,
+    ),
+}
+
+
+# ==== writing ====
 
 
 @dataclass(frozen=True)
@@ -21,68 +90,126 @@ class Conversion:
     """What was written, and how it was proven."""
 
     source: str
+    source_format: str
     out: str
+    format: str
     parameters: int
     dtype: str
-    tensors: int  # compared bit for bit after reading back
-    logits_error: float  # largest difference from transformers' logits
+    tensors: int
+    weights_error: float  # largest difference of a weight after reading back; 0: all are equal bit for bit
+    changes: list[str]  # what is not as it was, in words
+    sample: str  # what the losses are measured on
+    loss_before: float | None  # nats a token; None where neither weights nor config changed
+    loss_after: float
+    program: str | None  # which other program's logits were compared
+    logits_error: float | None  # largest difference from them
     bytes: int
     files: dict[str, str]  # name -> sha256
 
 
-def convert(source: str, out: Path, *, force: bool = False, progress: hub.Progress | None = None) -> Conversion:
-    """Write `source` (a run, a checkpoint, a HuggingFace folder or a hub name) as the HuggingFace folder `out`, in the
-    dtype it has. The weights are read back and compared bit for bit, and the logits with transformers' own, before `out`
-    appears. Raises UserError where the source cannot be read, `out` is there already (unless `force`), or a proof fails.
+def convert(
+    source: str,
+    out: Path | None = None,
+    *,
+    to: str = "hf",
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+    progress: hub.Progress | None = None,
+    tell: Tell = lambda stage: None,
+) -> Conversion:
+    """Write `source` (anything `find` reads) as format `to`, in `dtype` or else its own where the format has that. Every
+    tensor is read back and compared, and the logits with another program's, before `out` appears; `tell` hears the stages.
+    Raises UserError where the source cannot be read or expressed, `out` is there already (unless `force`), or a proof fails.
     """
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists: give another --out, or --force to replace it")
-    found = checkpoint.find_model(source, progress)
-    if found.resolve().is_relative_to(out.resolve()):
+    if to not in FORMATS:
+        raise UserError(f"--to {to} is unknown; expected {', '.join(FORMATS)}")
+    target = FORMATS[to]
+    if dtype and dtype not in target.dtypes:
+        raise UserError(f"--dtype {dtype} has no place in a {target.title}; expected {', '.join(target.dtypes)}")
+    out = out or _default_out(source, target)
+    _check_out(out, to, force)
+    tell(f"reading {source}")
+    found = find(source, tokenizer, progress)
+    if found.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} is the source itself, or holds it: give another --out")
-    if out.is_dir() and any(out.iterdir()) and (not (out / "config.json").is_file() or any(p.is_dir() for p in out.iterdir())):
+    with atomic.new_folder(out, replace=True) if to == "hf" else atomic.new_file(out) as place:
+        return _write(found, target, place, out, dtype, tell)
+
+
+def _default_out(source: str, target: Format) -> Path:
+    path = Path(source)
+    if not path.exists() and target is FORMATS["hf"]:
+        return Path(path.name)  # a hub name
+    stem = path.resolve().parent.name if path.name in ("ckpt.pt", "model.bin") else path.name
+    return Path(target.name.format(stem.removesuffix(".pt").removesuffix(".bin")))
+
+
+def _check_out(out: Path, to: str, force: bool) -> None:
+    """Raises UserError where something is in the way that is not to be replaced."""
+    if to != "hf" and out.is_dir():
+        inside = out / Path(FORMATS[to].name).name.format(out.name)
+        raise UserError(f"{out} is a folder, but a {FORMATS[to].title} is one file: give --out {inside}")
+    filled = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if filled and not force:
+        raise UserError(f"{out} already exists: give another --out, or --force to replace it")
+    if to == "hf" and filled and (not (out / "config.json").is_file() or any(path.is_dir() for path in out.iterdir())):
         raise UserError(f"{out} is not a model folder, so --force does not replace it: give another --out")
-    config, state = huggingface.read(found)
-    encoding = Encoding.from_folder(found)
-    if encoding is None and config.vocab_size == Encoding.gpt2().n_vocab:
-        encoding = Encoding.gpt2()
-    with atomic.new_folder(out, replace=True) as folder:
-        huggingface.write(folder, config, state, encoding)
-        again_config, again = huggingface.read(folder)
-        changed = [name for name in state if not torch.equal(state[name], again[name])]
-        if changed or again_config != config:
-            raise UserError(f"the proof failed: {changed[0] if changed else 'config.json'} reads back differently")
-        del again
-        error = logits_error(folder, GPT.from_state(config, state))
-        atomic.seal(folder, {"gpt2cli": __version__, "source": Path(source).name})
-        files = atomic.read_json(folder / atomic.SEAL)["files"]
-        total = sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | None, tell: Tell) -> Conversion:
+    """Write to `place`, which will be `out`, and prove it. Never holds more than one model in memory."""
+    contents = cropped(found)
+    config, changes = target.express(contents.config)
+    contents = replace(contents, config=config)
+    dtype = dtype or _own_dtype(contents.weights, target)
+    tell(f"writing {out} ({target.title}, {dtype})")
+    changes = [*contents.notes, *changes, *target.write(place, contents, dtype)]
+    tell("reading it back")
+    back = target.read(place)
+    if _function(back.config) != _function(config):
+        raise UserError("the proof failed: the config reads back differently; nothing was written")
+    error = prove.largest_difference(contents.weights, back.weights, dtype)
+    tensors, name, source_format = len(contents.weights), found.name, found.format
+    ids, before = prove.sample_ids(contents.encoding, config), None
+    if error or _function(config) != _function(found.contents.config):
+        tell("measuring the loss of the source")
+        before = prove.forward(found.contents.config, found.contents.weights, ids)[0]
+    sample = f"{ids[:, 1:].numel():,} {'tokens of Shakespeare' if contents.encoding else 'random ids'}"
+    del found, contents, back  # whose files may be mapped
+    tell("measuring the loss of what was written")
+    after, logits = prove.forward(config, target.read(place).weights, ids)
+    other = target.program(place, prove.beginning(ids), dtype)
+    if place.is_dir():
+        atomic.seal(place, {"gpt2cli": __version__, "source": Path(name).name})
+    paths = {path.name: path for path in sorted(place.iterdir())} if place.is_dir() else {out.name: place}
     return Conversion(
-        source=str(found) if Path(source).exists() else source,
+        source=name,
+        source_format=source_format,
         out=str(out),
+        format=target.title,
         parameters=config.num_parameters(),
-        dtype=str(state["wte.weight"].dtype).removeprefix("torch."),
-        tensors=len(state),
-        logits_error=error,
-        bytes=total,
-        files=files,
+        dtype=dtype,
+        tensors=tensors,
+        weights_error=error,
+        changes=changes,
+        sample=sample,
+        loss_before=before,
+        loss_after=after,
+        program=other[0] if other else None,
+        logits_error=prove.check_logits(logits, *other) if other else None,
+        bytes=sum(path.stat().st_size for path in paths.values()),
+        files={name: atomic.sha256(path) for name, path in paths.items()},
     )
 
 
-@torch.no_grad()
-def logits_error(folder: Path, model: GPT) -> float:
-    """The largest difference between our fp32 logits and those transformers computes from `folder`, on fixed random ids.
-    Raises UserError where it is more than rounding explains."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def _own_dtype(state: State, target: Format) -> str:
+    """The one that all weights have, where the format has it; fp32 holds all of them."""
+    kinds = {tensor.dtype for tensor in state.values()}
+    return next((name for name in target.dtypes if kinds == {DTYPES.get(name, torch.int8)}), "fp32")
 
-    logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    generator = torch.Generator().manual_seed(0)
-    T = min(model.config.block_size, 64)
-    ids = torch.randint(model.config.vocab_size, (2, T), generator=generator)
-    expected = theirs(ids).logits
-    error = float((model(ids)[0] - expected).abs().max())
-    if not error <= TOLERANCE * max(1.0, float(expected.abs().max()) / 10):
-        raise UserError(f"the proof failed: our logits differ from transformers' by {error:.2e}; nothing was written")
-    return error
+
+def _function(config: GPTConfig) -> GPTConfig:
+    """A config without what only training sees."""
+    function = "gelu_new" if config.activation_function in TANH_GELU else config.activation_function
+    return replace(config, dropout=0.0, attn_dropout=0.0, activation_function=function, n_inner=config.inner_size)

@@ -22,6 +22,7 @@ from gpt2cli.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe, as OpenAI published it
+_VOCAB_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")  # HuggingFace's names, and OpenAI's own
 Merge = tuple[bytes, bytes]
 
 
@@ -87,19 +88,21 @@ class Encoding:
 
     @staticmethod
     def from_folder(folder: Path) -> Encoding | None:
-        """The byte-level BPE in a folder of a model or of tokens (`tokenizer.json`, or `vocab.json` and `merges.txt`), or in
-        a `tokenizer.json` itself; None where there is none. Raises UserError for a tokenizer of another kind."""
+        """The byte-level BPE in a folder of a model or of tokens, or in a `tokenizer.json` itself; None where there is none.
+        Raises UserError for a tokenizer of another kind."""
         try:
             file = folder if folder.is_file() else folder / "tokenizer.json"
             if file.is_file():
                 return _from_tokenizer_json(json.loads(file.read_text(encoding="utf-8")), folder)
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-                return _from_vocab(vocab, [line for line in lines if line and not line.startswith("#version")], folder)
+            for names in _VOCAB_FILES:
+                ids, merges = (folder / name for name in names)
+                if ids.is_file() and merges.is_file():
+                    vocab = json.loads(ids.read_text(encoding="utf-8"))
+                    lines = merges.read_text(encoding="utf-8").split("\n")
+                    return _from_vocab(vocab, [line for line in lines if line and not line.startswith("#version")], folder)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder}: the tokenizer files cannot be read ({type(error).__name__}: {error})") from None
         return None
 
@@ -108,11 +111,15 @@ class Encoding:
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
+    @property
+    def written(self) -> dict[str, int]:
+        """Each token as GPT-2's files write it (`Ġ` is the space) -> its id."""
+        return {to_written(token): n for token, n in self.ids.items()} | {END_OF_TEXT: self.eot}
+
     @cached_property
     def files(self) -> dict[str, str]:
         special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        vocab = {to_written(token): n for token, n in self.ids.items()} | {END_OF_TEXT: self.eot}
         tokenizer = {
             "version": "1.0",
             "truncation": None,
@@ -131,7 +138,7 @@ class Encoding:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": vocab,
+                "vocab": self.written,
                 "merges": [f"{to_written(left)} {to_written(right)}" for left, right in self.merges],
             },
         }

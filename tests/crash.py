@@ -144,7 +144,7 @@ class Disk:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        real_open, real_save = io.open, safetensors.torch.save_file
+        real_open, real_save, real_write = io.open, safetensors.torch.save_file, huggingface._write_safetensors
 
         def open_file(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
             if not set(mode) & set("wax+") or str(file) == os.devnull or str(file).endswith(".lock"):
@@ -183,8 +183,16 @@ class Disk:
 
             return function
 
-        places: list[tuple[Any, str, Any]] = [(io, "open", open_file), (huggingface, "save_file", save_file)]
-        places += [(checkpoint, "save_file", save_file)]
+        def write_safetensors(path: Any, *args: Any) -> None:
+            real_write(path, *args)
+            try:
+                self.use()
+            except OSError:
+                os.truncate(path, os.path.getsize(path) // 2)
+                raise
+
+        places: list[tuple[Any, str, Any]] = [(io, "open", open_file), (checkpoint, "save_file", save_file)]
+        places += [(huggingface, "_write_safetensors", write_safetensors)]
         places += [(os, name, counted(getattr(os, name))) for name in ("fsync", "mkdir", "rename", "replace")]
         before = [(module, name, getattr(module, name)) for module, name, _ in places]
         for module, name, function in places:

@@ -13,7 +13,7 @@ ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "documents", "pieces", "look", "survey", "encode",
     "vocabulary", "corpus", "device", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify", "generate",
-    "convert", "bench", "commands",
+    "identify", "prove", "convert", "bench", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": "",
@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "train": "atomic checkpoint data device formats guard metrics model optim plan sources step writer",
     "verify": "atomic checkpoint plan resume train",
     "generate": "config model",
-    "convert": "atomic checkpoint formats model tokenizer",
+    "identify": "atomic checkpoint formats shards tokenizer",
+    "prove": "config documents formats model tokenizer",
+    "convert": "atomic config formats identify prove",
     "bench": "config corpus device documents generate model optim shards step survey tokenizer",
 }
 LIBRARIES = {
@@ -54,8 +56,10 @@ LIBRARIES = {
     "gigatoken": ["encode"],
     "tokenizers": ["vocabulary"],
     "pyarrow": ["documents"],
-    "transformers": ["convert"],
-    "huggingface_hub": ["formats/huggingface"],
+    "transformers": ["prove"],
+    "llama_cpp": ["prove"],
+    "gguf": ["formats/gguf"],
+    "huggingface_hub": ["formats/hub"],
     "safetensors": ["formats/huggingface", "checkpoint", "verify"],
 }
 FILES = [path for path in sorted(HOUSE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]

@@ -203,6 +203,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(drawn)
 
 
+def show_model(facts: dict[str, Any]) -> None:
+    """What `identify.describe` found, on stdout, since it is the product."""
+    rows = {"format": facts["format"], "parameters": f"{facts['parameters']:,}", "dtype": facts["dtype"]}
+    rows |= {name: f"{value:,}" if type(value) is int else str(value) for name, value in facts["config"].items()}
+    rows |= {"tokenizer": facts["tokenizer"] or "none", "size": size(facts["bytes"])} | facts["facts"]
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    for note in facts["notes"]:
+        print(f"note: {note}")
+
+
 # ==== tokens ====
 
 

@@ -1,19 +1,26 @@
-"""`gpt2 convert`: a model from the hub, a folder or a run -> a checked HuggingFace folder."""
+"""`gpt2 convert`: any GPT-2 -> any format, proven; or what a file is."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpt2cli.errors import UserError, size
+from gpt2cli.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2cli.convert import Conversion
 
 
 def command(
     source: Annotated[
-        str | None, typer.Argument(metavar="[SOURCE]", help="A run, a checkpoint, or a HuggingFace folder.")
+        str | None,
+        typer.Argument(
+            metavar="[SOURCE]",
+            help="A run, a checkpoint, a HuggingFace or OpenAI folder, a nanoGPT or build-nanogpt .pt, or an llm.c .bin.",
+        ),
     ] = None,
     from_hf: Annotated[
         str | None,
@@ -21,34 +28,75 @@ def command(
             metavar="NAME", help="Instead of SOURCE: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name, or a folder."
         ),
     ] = None,
-    to: Annotated[str, typer.Option(metavar="hf", help="Format to write.")] = "hf",
-    out: Annotated[Path | None, typer.Option(help="New folder; by default the model's name.")] = None,
+    to: Annotated[str, typer.Option(metavar="hf|nanogpt|llmc|gguf", help="Format to write.")] = "hf",
+    out: Annotated[Path | None, typer.Option(help="New folder or file; by default named by the source.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="fp32, fp16, bf16, for gguf also q8_0; by default the source's where the format has it."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder or tokenizer.json, where the source has none or another.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it is there.")] = False,
+    info: Annotated[bool, typer.Option("--info", help="Only say what SOURCE is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON on stdout.")] = False,
 ) -> None:
-    """Fetch or convert a model, and prove the result.
+    """Convert a GPT-2 between programs, or fetch one, and prove the result.
 
-    The written weights are read back and compared bit for bit, and the logits with transformers' own. Prints the folder.
+    What was written is read back and compared tensor by tensor, and its logits with the other program's own. Prints where it
+    is.
     """
     if (source is None) == (from_hf is None):
         raise UserError("give either SOURCE or --from-hf NAME, such as: gpt2 convert --from-hf gpt2-large")
-    if to != "hf":
-        raise UserError(f"--to {to} is unknown; expected hf")
     name = source or from_hf or ""
-    if out is None:
-        out = Path(Path(name.rstrip("/")).name + ("-hf" if Path(name).exists() else ""))
 
     from gpt2cli.commands import console
     from gpt2cli.convert import convert
+    from gpt2cli.identify import describe
 
     with console.Bars() as bars:
-        result = convert(name, out, force=force, progress=bars.downloaded)
-    console.note(
-        f"{result.parameters:,} parameters, {result.dtype}, {size(result.bytes)}; {result.tensors} tensors equal bit "
-        f"for bit after reading back; logits within {result.logits_error:.1e} of transformers'"
-    )
-    console.note(f"model.safetensors sha256 {result.files['model.safetensors']}")
+        if info:
+            facts = describe(name, tokenizer, bars.downloaded)
+        else:
+            result = convert(
+                name,
+                out,
+                to=to,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                force=force,
+                progress=bars.downloaded,
+                tell=console.note,
+            )
     if as_json:
-        console.print_json(asdict(result))
+        console.print_json(facts if info else asdict(result))
+    elif info:
+        console.show_model(facts)
     else:
-        print(out)
+        print(result.out)
+    if not info:
+        _tell(result)
+
+
+def _tell(result: Conversion) -> None:
+    """The verdict, on stderr."""
+    from gpt2cli.commands import console
+    from gpt2cli.errors import size
+
+    for change in result.changes:
+        console.note(f"note: {change}")
+    equal = f"differ by at most {result.weights_error:.1e}" if result.weights_error else "are equal bit for bit"
+    console.note(
+        f"{result.source_format} -> {result.format}: {result.parameters:,} parameters, {result.dtype}, {size(result.bytes)}; "
+        f"{result.tensors} tensors {equal} after reading back"
+    )
+    before = ""
+    if result.loss_before is not None:
+        before = f", of the source {result.loss_before:.5f} ({result.loss_after - result.loss_before:+.5f})"
+    console.note(f"loss {result.loss_after:.5f}{before}, on {result.sample}")
+    if result.program:
+        console.note(f"logits within {result.logits_error:.1e} of {result.program}'s")
+    for name, sha256 in result.files.items():
+        console.note(f"sha256 {sha256}  {name}")

@@ -10,11 +10,10 @@ from typing import Any
 
 from gpt2cli import atomic
 from gpt2cli.errors import UserError
-from gpt2cli.formats.huggingface import WEIGHTS, config_from_json, shard_names
+from gpt2cli.formats.huggingface import TOKENIZER, WEIGHTS, config_from_json, shard_names
 
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -33,9 +32,8 @@ def find(name: str, progress: Progress | None = None) -> Path:
     config_from_json(atomic.read_json(config), f"{name}/config.json")
     folder = config.parent
     revision = folder.name  # the cache names it by the commit: all files are to be of one
-    for file in _TOKENIZER:
-        if _download(name, file, progress, revision) and file == "tokenizer.json":
-            break
+    for file in TOKENIZER:
+        _download(name, file, progress, revision)
     for file in WEIGHTS:
         found = _download(name, file, progress, revision)
         if found:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-import zipfile
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from gpt2cli import atomic
 from gpt2cli.config import ACTIVATIONS, GPTConfig
 from gpt2cli.errors import UserError
-from gpt2cli.formats import weights
+from gpt2cli.formats import pickled, weights
 from gpt2cli.formats.weights import State, Weights
 from gpt2cli.tokenizer import Encoding
 
@@ -45,6 +45,10 @@ _SAME_NAME = (
     "tie_word_embeddings",
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -111,12 +115,11 @@ def read(folder: Path) -> tuple[GPTConfig, State]:
     config = read_config(folder)
     atomic.check_seal(folder, names={"config.json", *WEIGHTS})
     readers: dict[str, Callable[[], Tensor]] = {}
+    expected = {*weights.shapes(config), "lm_head.weight"}
     for file in weight_files(folder):
         for name, reader in _tensors(file).items():
             ours = name.removeprefix("transformer.")
-            if ours in readers or (
-                ours not in weights.shapes(config) and not ours.endswith(_MASKS) and ours != "lm_head.weight"
-            ):
+            if ours in readers or not (ours in expected or ours.endswith(_MASKS)):
                 raise UserError(f"{file}: tensor {name} has no place in this GPT-2, see {folder / 'config.json'}")
             readers[ours] = partial(_transposed, reader) if ours.endswith(_TRANSPOSED) else reader
     head = readers.pop("lm_head.weight") if config.tie_word_embeddings and "lm_head.weight" in readers else None
@@ -173,11 +176,7 @@ def _tensors(path: Path) -> dict[str, Callable[[], Tensor]]:
     """A reader for each tensor of a weight file."""
     if path.suffix == ".safetensors":
         return {name: partial(_read_safetensors, path, name) for name in _read_safetensors(path)}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the library raises many kinds for damaged or hostile files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a weight file: {reason}") from None
+    state = pickled.load(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds no plain table of tensors")
     return {name: partial(state.__getitem__, name) for name in state}
@@ -205,8 +204,8 @@ def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | No
         reader = partial(state.__getitem__, ours)
         name = ours if ours == "lm_head.weight" else f"transformer.{ours}"
         theirs[name] = partial(_transposed, reader) if ours.endswith(_TRANSPOSED) else reader
-    dtype = dtype or state["wte.weight"].dtype
     _write_safetensors(folder / "model.safetensors", Weights(theirs), dtype)
+    dtype = dtype or state["wte.weight"].dtype
     eot = encoding.eot if encoding else None
     _write_json(folder / "config.json", config_to_json(config, dtype, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
@@ -214,28 +213,40 @@ def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | No
         encoding.save(folder)
 
 
-def _write_safetensors(path: Path, tensors: State, dtype: torch.dtype) -> None:
+def _write_safetensors(path: Path, tensors: State, dtype: torch.dtype | None) -> None:
     """The file that `safetensors.torch.save_file` writes, which needs a second and third copy of the model for it; here it is
     one tensor. The format: https://huggingface.co/docs/safetensors. Replaces `path` at the end: it may be mapped."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stored = {name: dtype or tensors[name].dtype for name in tensors}
+    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))  # wide ones first keeps each aligned
     end = 0
-    for name in sorted(tensors):
+    for name in order:
         shape = list(tensors[name].shape)
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+        begin, end = end, end + math.prod(shape) * stored[name].itemsize
+        header[name] = {"dtype": _STORED[stored[name]], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for name in sorted(tensors):
-                tensor = tensors[name].detach().to("cpu", dtype).contiguous()
+            for name in order:
+                tensor = tensors[name].detach().to("cpu", stored[name]).contiguous()
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Take over the tokenizer files of another model folder as they are, and the special ids of its config.json."""
+    for name in (*TOKENIZER, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    theirs = atomic.read_json(source / "config.json")
+    ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
+    _write_json(folder / "config.json", atomic.read_json(folder / "config.json") | ids)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from gpt2cli.tokenizer import Encoding
 State = Mapping[str, Tensor]  # `GPT`'s names, linear weights as (out, in)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EXACT_GELU, TANH_GELU = ("gelu",), ("gelu_new", "gelu_pytorch_tanh")
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # one function, two names
 
 
 class Weights(Mapping[str, Tensor]):
@@ -44,6 +45,7 @@ class Contents:
     encoding: Encoding | None = None  # its own tokenizer, where the format has a place for one
     notes: list[str] = field(default_factory=list)  # what reading changed, for people
     facts: dict[str, Any] = field(default_factory=dict)  # where it comes from, as far as it says
+    folder: Path | None = None  # a HuggingFace folder with a tokenizer that only its own code reads
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -71,6 +73,33 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return table
 
 
+def express(config: GPTConfig, program: str, activation: str, **free: Any) -> tuple[GPTConfig, list[str]]:
+    """`config` as a program has it that knows GPT-2's own architecture with one `activation`; `free` are the fields it knows
+    more of, with the values they have. A GELU of the other kind becomes its own, which is told, for their values differ by
+    less than 5e-4; anything else it does not know raises UserError."""
+    plain = {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "inner_size": 4 * config.n_embd,
+    } | free
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise UserError(f"{program} cannot express {name} = {getattr(config, name)}: it computes with {value}")
+    function = config.activation_function
+    if function == activation or {function, activation} <= set(TANH_GELU):
+        return config, []
+    if {function, activation} <= {"gelu", *TANH_GELU}:
+        names = {"gelu": "the exact GELU"}
+        note = (
+            f"{program} computes {names.get(activation, 'the tanh GELU')}, where the model has "
+            f"{names.get(function, 'the tanh GELU')}: the weights are the same, the function nearly"
+        )
+        return replace(config, activation_function=activation), [note]
+    raise UserError(f"{program} cannot express activation_function = {function}: it computes with {activation}")
+
+
 def check(config: GPTConfig, weights: State, source: str) -> None:
     """Raises UserError, naming `source`, unless `weights` are exactly the tensors of a GPT of this config."""
     expected = shapes(config)
@@ -85,3 +114,14 @@ def check(config: GPTConfig, weights: State, source: str) -> None:
             raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, but its config asks for {shape}")
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{source}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected {', '.join(DTYPES)}")
+        check_storage({name: tensor}, source)
+
+
+def check_storage(tensors: State, source: str) -> None:
+    """Raises UserError for a tensor with more elements than it has memory behind it: a pickle can describe terabytes that
+    are one number, until somebody copies them."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{source}: {name} is not a plain tensor")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+            raise UserError(f"{source}: {name} has fewer bytes than its shape {tuple(tensor.shape)} asks for")

@@ -1,0 +1,65 @@
+"""PyTorch's `.pt` and `.bin`: a pickle, of which only tensors and plain values are ever made, never code run.
+
+torch's weights-only reader does the work. Before it, the zip around the pickle is looked at: `torch.save` compresses
+nothing, so an archive that does would only serve to fill somebody's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2cli.errors import UserError
+
+
+class Settings:
+    """Stands in for the `GPTConfig` that build-nanogpt pickles: its values become `__dict__`, none of its code is run."""
+
+
+def load(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, its tensors mapped from the file. Raises UserError for anything that is damaged, or
+    holds more than tensors, plain values and a `GPTConfig`."""
+    try:
+        zipped = zipfile.is_zipfile(path)
+        names = _settings_classes(path) if zipped else []
+        with torch.serialization.safe_globals([(Settings, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds for damaged or hostile files
+        raise UserError(f"{path} {_reason(error)}") from None
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether it looks like `torch.save`'s: a zip, or the older bare pickle."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".ckpt")
+
+
+def _settings_classes(path: Path) -> list[str]:
+    """The full names under which a zipped checkpoint asks for a class `GPTConfig`."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise UserError(f"{path} is no checkpoint: {entry.filename!r} in it is compressed, which torch.save never does")
+        (pickle,) = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+        names = set()
+        for operation, argument, _ in pickletools.genops(archive.read(pickle)):
+            if operation.name == "GLOBAL" and str(argument).endswith(" GPTConfig"):
+                names.add(str(argument).replace(" ", "."))
+    return sorted(names)
+
+
+def _reason(error: Exception) -> str:
+    with contextlib.suppress(IndexError):
+        found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
+        if found:
+            return f"asks for {found[1]} to be run, so it is not read: expected tensors and plain values alone"
+        return f"is damaged or not a weight file: {str(error).splitlines()[0]}"
+    return f"is damaged or not a weight file: {type(error).__name__}"
