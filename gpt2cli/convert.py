@@ -171,6 +171,7 @@ def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | No
         raise UserError("the proof failed: the config reads back differently; nothing was written")
     error = prove.largest_difference(contents.weights, back.weights, dtype)
     tensors, name, source_format = len(contents.weights), found.name, found.format
+    origin = {"source": Path(name).name} | {key: value for key, value in contents.facts.items() if key == "step"}
     ids, before = prove.sample_ids(contents.encoding, config), None
     if error or _function(config) != _function(found.contents.config):
         tell("measuring the loss of the source")
@@ -181,7 +182,7 @@ def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | No
     after, logits = prove.forward(config, target.read(place).weights, ids)
     other = target.program(place, prove.beginning(ids), dtype)
     if place.is_dir():
-        atomic.seal(place, {"gpt2cli": __version__, "source": Path(name).name})
+        atomic.seal(place, {"gpt2cli": __version__} | origin)
     paths = {path.name: path for path in sorted(place.iterdir())} if place.is_dir() else {out.name: place}
     return Conversion(
         source=name,

@@ -251,6 +251,8 @@ def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> En
     vocab = dict(vocab)
     if END_OF_TEXT not in vocab:
         raise UserError(f"{folder}: its vocabulary has no {END_OF_TEXT}")
+    if not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in vocab.values()):
+        raise UserError(f"{folder}: its vocabulary gives a token an id that is none")
     eot = vocab.pop(END_OF_TEXT)
     merges = parse_merges(lines)
     joined = [left + right for left, right in merges]

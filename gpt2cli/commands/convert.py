@@ -97,6 +97,6 @@ def _tell(result: Conversion) -> None:
         before = f", of the source {result.loss_before:.5f} ({result.loss_after - result.loss_before:+.5f})"
     console.note(f"loss {result.loss_after:.5f}{before}, on {result.sample}")
     if result.program:
-        console.note(f"logits within {result.logits_error:.1e} of {result.program}'s")
-    for name, sha256 in result.files.items():
-        console.note(f"sha256 {sha256}  {name}")
+        console.note(f"logits within {result.logits_error:.1e} of those that {result.program} computes")
+    model = "model.safetensors" if "model.safetensors" in result.files else next(iter(result.files))
+    console.note(f"sha256 {result.files[model]}  {model}")

@@ -24,6 +24,8 @@ def find(name: str, progress: Progress | None = None) -> Path:
     for a network that is not there."""
     if Path(name).is_dir():
         return Path(name)
+    if name.endswith((".pt", ".bin", ".gguf", ".safetensors")) and not Path(name).exists():
+        raise UserError(f"there is no file {name}")
     if Path(name).exists() or not _NAME.fullmatch(name):
         raise UserError(f"{name} is neither a model folder nor the name of a model on the hub, like gpt2 or owner/name")
     config = _download(name, "config.json", progress)
@@ -73,8 +75,9 @@ def _download(name: str, file: str, progress: Progress | None, revision: str | N
             return done
 
     offline = (
-        f"{name} is not in HuggingFace's cache, and the hub cannot be reached. On a machine with a network run "
-        f"'gpt2 convert --from-hf {name}' and copy the folder here, or give the path of a local folder"
+        f"there is no folder {name}, it is not in HuggingFace's cache, and the hub cannot be reached. "
+        f"On a machine with a network run 'gpt2 convert --from-hf {name}' and copy the folder here, "
+        "or give the path of a local folder"
     )
     try:
         if revision is None:  # asked once, without the download's half minute of retries: is there a hub?

@@ -10,6 +10,7 @@ computed the tanh GELU until May 2023; of that only the oldest files tell, which
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from gpt2cli.formats.weights import Contents, Weights
 
 PROGRAMS = ("nanoGPT checkpoint", "build-nanogpt checkpoint")
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-_PREFIXES = ("_orig_mod.", "module.", "transformer.")  # torch.compile's, DDP's, and the models' own
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)*(transformer\.)?")  # torch.compile's, DDP's, and the models' own
 
 
 def is_mine(path: Path) -> bool:
@@ -70,9 +71,7 @@ def _named(model: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     for key, tensor in model.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{path} holds no plain table of tensors")
-        name = key
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
+        name = _PREFIXES.sub("", key)
         if name.endswith(".attn.bias"):
             continue  # the causal mask
         if name in tensors:
@@ -131,5 +130,6 @@ def write(path: Path, contents: Contents, dtype: str) -> list[str]:
         "best_val_loss": contents.facts.get("validation loss") or 1e9,  # nanoGPT's own first value
         "config": {},
     }
-    torch.save(checkpoint, path)
+    with path.open("wb") as file:  # a name would go into the file
+        torch.save(checkpoint, file)
     return notes

@@ -6,9 +6,9 @@ nothing, so an archive that does would only serve to fill somebody's memory.
 
 from __future__ import annotations
 
-import contextlib
 import pickletools
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ def load(path: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)
         names = _settings_classes(path) if zipped else []
-        with torch.serialization.safe_globals([(Settings, name) for name in names]):
+        with torch.serialization.safe_globals([(Settings, name) for name in names]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles: that they are refused is told by the error
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
@@ -57,9 +58,10 @@ def _settings_classes(path: Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
-        if found:
-            return f"asks for {found[1]} to be run, so it is not read: expected tensors and plain values alone"
-        return f"is damaged or not a weight file: {str(error).splitlines()[0]}"
-    return f"is damaged or not a weight file: {type(error).__name__}"
+    """In one line, without torch's advice to trust the file."""
+    text = str(error)
+    found = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", text, re.IGNORECASE)
+    if found:
+        return f"asks for {found[1]} to be run, so it is not read: expected tensors and plain values alone"
+    told = text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+    return f"is damaged or not a weight file: {told.splitlines()[0]}"
