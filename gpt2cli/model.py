@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
@@ -183,7 +184,7 @@ class GPT(nn.Module):
     @classmethod
     def from_state(cls, config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
         """A model that holds `state`'s own tensors, in fp32."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = cls(config)
         model.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
         return model
@@ -198,3 +199,13 @@ class GPT(nn.Module):
         fits = encoding.n_vocab == self.config.vocab_size
         Path(folder).mkdir(parents=True, exist_ok=True)
         huggingface.write(Path(folder), self.config, self.state_dict(), encoding if fits else None)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules made in it skip their own first values: on `meta` there are none to make, but torch imports its compiler
+    to find that out, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
