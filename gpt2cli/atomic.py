@@ -19,12 +19,14 @@ from typing import Any
 from gpt2cli.errors import UserError
 
 SEAL = "checkpoint.json"
+LARGEST_JSON = 1 << 28  # bytes
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling to fill; at the end it is flushed to disk and renamed to `target`. If anything fails it is
     removed, and `target` is as it was. With `replace` an existing `target` is moved aside first and deleted last."""
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     aside = target.parent / f".{target.name}.{os.getpid()}.old"
@@ -39,6 +41,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if aside.exists() and not target.exists():
             aside.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -47,7 +50,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def new_file(target: Path) -> Iterator[Path]:
     """The path of a temporary sibling to write; at the end it is flushed to disk and takes the place of `target`. If
     anything fails it is removed, and `target` is as it was."""
-    made = not target.parent.exists()
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -57,9 +60,14 @@ def new_file(target: Path) -> Iterator[Path]:
         flush(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        if made:
-            target.parent.rmdir()
+        _remove_empty(made)
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -133,13 +141,18 @@ def _dump(value: Any) -> str:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it says that the disk, or the user's part of it, is full. The safetensors library has only the message."""
-    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) or "No space left" in str(error)
+    """Whether it says that the disk, or the user's part of it, is full. Some libraries have only the message."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) or any(
+        words in str(error)
+        for words in ("No space left", "Not enough free space", "requested and")  # safetensors', numpy's
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError, naming the file, where it does not hold one JSON object."""
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is too large to be what its name says: {path.stat().st_size:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None

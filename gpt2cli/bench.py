@@ -1,5 +1,5 @@
-"""Times the product's own work: attention kernels, `train_step`, `generate`, `tokenize`. Everything is run
-several times, in turn where things are compared, the first three after one to warm up; the median is reported."""
+"""Times the product's own work: attention kernels, `train_step`, `tokenize`; `generate` is in bench_generate.py. Everything
+is run several times, in turn where things are compared, after one to warm up but for `tokenize`; the median is reported."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from gpt2cli import __version__, device
-from gpt2cli.config import GPTConfig, SamplingConfig
+from gpt2cli.config import GPTConfig
 from gpt2cli.corpus import tokenize
 from gpt2cli.documents import EMBEDDED, opened, read
-from gpt2cli.errors import UserError
-from gpt2cli.generate import generate
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
 from gpt2cli.shards import Tokens
@@ -217,50 +215,6 @@ def bench_train(
         flops=flops,
         mfu=flops / roof,
         memory_peak=device.memory_peak(where),
-    )
-
-
-# ==== generating ====
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    parameters: int
-    B: int
-    prompt_tokens: int
-    new_tokens: int  # of each row
-    time_to_first_token: float  # seconds, the prompt's forward included
-    decode_tokens_per_second: float  # of all rows together, after the first token
-    read_rate: float  # bytes of weights a second while decoding: bandwidth is the limit at B = 1
-
-
-def bench_sample(
-    model: GPT, where: torch.device, dtype: str, *, B: int, prompt_tokens: int, new_tokens: int, repeats: int
-) -> SampleResult:
-    """The product's `generate` with its default sampling."""
-    if prompt_tokens + new_tokens > model.config.block_size:
-        raise UserError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's context of {model.config.block_size}")
-    model = model.to(where, device.DTYPES[dtype]).eval()
-    config = SamplingConfig(max_new_tokens=new_tokens)
-    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    firsts, decodes = [], []
-    for turn in range(repeats + 1):
-        rows: Iterator[object] = generate(model, prompt, config, num_samples=B)
-        first = seconds_of(partial(next, rows), where)
-        rest = seconds_of(partial(list, rows), where)
-        if turn:
-            firsts.append(first)
-            decodes.append(rest)
-    decode = statistics.median(decodes)
-    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "wpe.weight")
-    return SampleResult(
-        parameters=model.config.num_parameters(),
-        B=B,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        time_to_first_token=statistics.median(firsts),
-        decode_tokens_per_second=B * (new_tokens - 1) / decode,
-        read_rate=weights * (new_tokens - 1) / decode,
     )
 
 

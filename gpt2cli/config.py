@@ -53,6 +53,8 @@ class GPTConfig:
         for name in ("dropout", "attn_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} must be at least 0 and below 1, but is {getattr(self, name)}")
+        if not 0 < self.layer_norm_epsilon < 1:
+            raise UserError(f"layer_norm_epsilon must be above 0 and below 1, but is {self.layer_norm_epsilon}")
         if self.activation_function not in ACTIVATIONS:
             raise UserError(f"activation_function is {self.activation_function!r}, but only {', '.join(ACTIVATIONS)} are known")
 
@@ -179,30 +181,38 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Temperature divides the logits first, then top-k keeps the k likeliest, then top-p the
-    fewest that together have probability p or more (Holtzman et al. 2020): the order of transformers."""
+    """How the next token is chosen. First the repetition penalty makes ids that were in the prompt or came since less likely
+    (Keskar et al. 2019); temperature divides the logits; top-k keeps the k likeliest; top-p the fewest that together have
+    probability p or more (Holtzman et al. 2020); min-p those with at least that part of the likeliest one's probability
+    (Nguyen et al. 2024). It is the order of transformers."""
 
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = 0.95
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     greedy: bool = False
     seed: int = 1337
-    overflow: str = "stop"  # at the end of the context: stop, or slide, and see the last block_size tokens
+    overflow: str = "stop"  # at the context's end: stop; error, before anything; slide, and see the last block_size tokens
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 62:
             raise UserError(f"--seed must be at least 0 and below 2^62, but is {self.seed}")
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
-        if not self.temperature > 0:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature must be above 0, but is {self.temperature}; for no randomness use --greedy")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise UserError(f"--repetition-penalty must be above 0, but is {self.repetition_penalty}; 1 is none")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"--min-p must be from 0 to 1, but is {self.min_p}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k must be at least 1, but is {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, but is {self.top_p}")
-        if self.overflow not in ("stop", "slide"):
-            raise UserError(f"--overflow is {self.overflow!r}, but must be stop or slide")
+        if self.overflow not in ("stop", "slide", "error"):
+            raise UserError(f"--overflow is {self.overflow!r}, but must be stop, slide or error")
 
 
 def check_types(config: GPTConfig | TrainConfig) -> None:

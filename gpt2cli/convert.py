@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gpt2cli import __version__, atomic, prove
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.formats import gguf, hub, huggingface, llmc, nanogpt
-from gpt2cli.formats.weights import DTYPES, TANH_GELU, Contents, State
+from gpt2cli.formats.weights import DTYPES, TANH_GELU, Contents
 from gpt2cli.identify import Found, cropped, find, read_folder
-
-Tell = Callable[[str], None]
-
 
 # ==== the formats that are written ====
 
@@ -40,7 +38,7 @@ class Format:
 def _write_huggingface(folder: Path, contents: Contents, dtype: str) -> list[str]:
     huggingface.write(folder, contents.config, contents.weights, contents.encoding, DTYPES[dtype])
     if contents.folder:
-        huggingface.copy_tokenizer(contents.folder, folder)
+        huggingface.carry_over(contents.folder, folder)
     return []
 
 
@@ -116,7 +114,7 @@ def convert(
     tokenizer: Path | None = None,
     force: bool = False,
     progress: hub.Progress | None = None,
-    tell: Tell = lambda stage: None,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> Conversion:
     """Write `source` (anything `find` reads) as format `to`, in `dtype` or else its own where the format has that. Every
     tensor is read back and compared, and the logits with another program's, before `out` appears; `tell` hears the stages.
@@ -130,39 +128,51 @@ def convert(
     out = out or _default_out(source, target)
     _check_out(out, to, force)
     tell(f"reading {source}")
-    found = find(source, tokenizer, progress)
-    if found.path.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out} is the source itself, or holds it: give another --out")
-    with atomic.new_folder(out, replace=True) if to == "hf" else atomic.new_file(out) as place:
-        return _write(found, target, place, out, dtype, tell)
+    with atomic.new_folder(out.resolve(), replace=True) if to == "hf" else atomic.new_file(out.resolve()) as place:
+        result = _write(partial(find, source, tokenizer, progress), target, place, out, dtype, tell)
+        _check_out(out, to, force)  # others may have written since
+    return result
 
 
 def _default_out(source: str, target: Format) -> Path:
     path = Path(source)
     if not path.exists() and target is FORMATS["hf"]:
         return Path(path.name)  # a hub name
-    stem = path.resolve().parent.name if path.name in ("ckpt.pt", "model.bin") else path.name
+    stem = path.resolve().parent.name if path.name in ("ckpt.pt", "model.bin") else path.resolve().name
     return Path(target.name.format(stem.removesuffix(".pt").removesuffix(".bin")))
 
 
 def _check_out(out: Path, to: str, force: bool) -> None:
     """Raises UserError where something is in the way that is not to be replaced."""
     if to != "hf" and out.is_dir():
-        inside = out / Path(FORMATS[to].name).name.format(out.name)
+        inside = out / Path(FORMATS[to].name).name.format(out.resolve().name)
         raise UserError(f"{out} is a folder, but a {FORMATS[to].title} is one file: give --out {inside}")
-    filled = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if filled and not force:
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise UserError(f"{out} is neither a file nor a folder: give another --out")
+    if out.resolve() == Path.cwd() or os.path.ismount(out):
+        raise UserError(f"{out} cannot be replaced as a whole: give --out the name of a new folder")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
         raise UserError(f"{out} already exists: give another --out, or --force to replace it")
-    if to == "hf" and filled and (not (out / "config.json").is_file() or any(path.is_dir() for path in out.iterdir())):
-        raise UserError(f"{out} is not a model folder, so --force does not replace it: give another --out")
+    if to == "hf" and not huggingface.is_only_a_model(out):
+        raise UserError(f"{out} is not a model folder, or holds more, so --force does not replace it: give another --out")
 
 
-def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | None, tell: Tell) -> Conversion:
+def _write(
+    find: Callable[[], Found], target: Format, place: Path, out: Path, dtype: str | None, tell: Callable[[str], None]
+) -> Conversion:
     """Write to `place`, which will be `out`, and prove it. Never holds more than one model in memory."""
+    found = find()
+    there, here = found.path.resolve(), out.resolve()
+    if there.is_relative_to(here) or (here.is_relative_to(there) and here.exists()):
+        raise UserError(f"{out} is the source itself, holds it or is in it: give another --out")
     contents = cropped(found)
     config, changes = target.express(contents.config)
     contents = replace(contents, config=config)
-    dtype = dtype or _own_dtype(contents.weights, target)
+    name = found.name
+    kinds = prove.check_finite(contents.weights, name)
+    dtype = dtype or next((kind for kind in target.dtypes if kinds == {DTYPES.get(kind)}), "fp32")  # which holds all others
     tell(f"writing {out} ({target.title}, {dtype})")
     changes = [*contents.notes, *changes, *target.write(place, contents, dtype)]
     tell("reading it back")
@@ -170,7 +180,7 @@ def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | No
     if _function(back.config) != _function(config):
         raise UserError("the proof failed: the config reads back differently; nothing was written")
     error = prove.largest_difference(contents.weights, back.weights, dtype)
-    tensors, name, source_format = len(contents.weights), found.name, found.format
+    tensors, source_format = len(contents.weights), found.format
     origin = {"source": Path(name).name} | {key: value for key, value in contents.facts.items() if key == "step"}
     ids, before = prove.sample_ids(contents.encoding, config), None
     if error or _function(config) != _function(found.contents.config):
@@ -202,12 +212,6 @@ def _write(found: Found, target: Format, place: Path, out: Path, dtype: str | No
         bytes=sum(path.stat().st_size for path in paths.values()),
         files={name: atomic.sha256(path) for name, path in paths.items()},
     )
-
-
-def _own_dtype(state: State, target: Format) -> str:
-    """The one that all weights have, where the format has it; fp32 holds all of them."""
-    kinds = {tensor.dtype for tensor in state.values()}
-    return next((name for name in target.dtypes if kinds == {DTYPES.get(name, torch.int8)}), "fp32")
 
 
 def _function(config: GPTConfig) -> GPTConfig:

@@ -1,41 +1,33 @@
-"""Ids from ids: the KV cache, prefill and decode, and sampling. It knows no text."""
+"""Ids from ids: prompts of any lengths, continued together. It knows no text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2cli.config import GPTConfig, SamplingConfig
+from gpt2cli.cache import KVCache
+from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
+from gpt2cli.sampling import choose, penalize
 
-LIKELIEST = 1024
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: two tensors (n_layer, B, nh, size, hs)."""
-
-    def __init__(self, config: GPTConfig, size: int, like: Tensor) -> None:
-        shape = config.n_layer, 1, config.n_head, size, config.head_size
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.size, self.length = size, 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def repeat(self, B: int) -> None:
-        """Make one row into B equal ones."""
-        if B > 1:
-            self.k, self.v = self.k.repeat(1, B, 1, 1, 1), self.v.repeat(1, B, 1, 1, 1)
+Stop = Callable[[int, int], bool]  # (number of the prompt, its new token): is it to end with this token?
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Chosen:
+    """A new token of one prompt, the end of it, or both."""
+
+    prompt: int  # its number, from 0
+    token: int | None  # None where it ended before one: the model chose `eot`
+    finish_reason: str | None = None  # stop (`eot`, or the caller's word), length, or context
+    logprob: float | None = None  # the model's own, of this token, before temperature and all that follows
+
+
 def generate(
     model: GPT,
     prompt: Sequence[int],
@@ -45,76 +37,163 @@ def generate(
     eot: int | None = None,
     n_vocab: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue `prompt` in `num_samples` rows at once; yields the rows' new ids, one list a position. A row that has
-    chosen `eot` (which is not yielded) gives None from then on, and when all have, generation ends. Ids from `n_vocab` up
-    are never chosen. Row n draws from its own generator, seeded with seed + n, whatever the number of rows.
-
-    Ends early at the end of the context unless `config.overflow` is `slide`. Raises UserError for an empty prompt, ids
-    the model does not know, and a prompt longer than the context (unless `slide`).
-    """
-    slide = config.overflow == "slide"
-    check_prompt(model, prompt, num_samples, slide)
-    block_size, where = model.config.block_size, model.wte.weight.device
-    generators = [torch.Generator().manual_seed(config.seed + n) for n in range(num_samples)]
-    done = [False] * num_samples
-
-    seen = torch.tensor([prompt], device=where)[:, -block_size:]  # (1, T)
-    cache = KVCache(model.config, min(block_size, seen.shape[1] + config.max_new_tokens), like=model.wpe.weight)
-    logits = F.linear(model.hidden(seen, cache)[:, -1], model.head_weight).expand(num_samples, -1)  # (B, V)
-    cache.repeat(num_samples)
-    seen = seen.repeat(num_samples, 1)
-    for n in range(config.max_new_tokens):
-        uniform = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(where)  # (B)
-        new = choose(logits[:, :n_vocab].float(), config, uniform)  # (B)
-        ids = new.tolist()
-        done = [over or token == eot for over, token in zip(done, ids, strict=True)]
-        if all(done):
-            return
-        yield [None if over else token for over, token in zip(done, ids, strict=True)]
-        if n == config.max_new_tokens - 1 or (cache.length == block_size and not slide):
-            return
-        seen = torch.cat([seen, new[:, None]], dim=1)[:, -block_size:]
-        if cache.length < block_size:
-            logits = F.linear(model.hidden(new[:, None], cache)[:, -1], model.head_weight)
-        else:  # every token moves to another position, so nothing in the cache is of use
-            logits = F.linear(model.hidden(seen)[:, -1], model.head_weight)
-
-
-def check_prompt(model: GPT, prompt: Sequence[int], num_samples: int, slide: bool) -> None:
+    """Continue `prompt` in `num_samples` rows at once; yields the rows' new ids, one list a position, None for a row that
+    has ended. See `continue_all`."""
     if num_samples < 1:
         raise UserError(f"--num-samples must be at least 1, but is {num_samples}")
+    for step in continue_all(model, [prompt] * num_samples, config, rows=num_samples, eot=eot, n_vocab=n_vocab):
+        new = {chosen.prompt: chosen.token for chosen in step if chosen.token is not None}
+        if new:
+            yield [new.get(n) for n in range(num_samples)]
+
+
+@torch.inference_mode()
+def continue_all(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig = SamplingConfig(),
+    *,
+    rows: int = 16,
+    eot: int | None = None,
+    n_vocab: int | None = None,
+    stop: Stop = lambda prompt, token: False,
+    logprobs: bool = False,
+) -> Iterator[list[Chosen]]:
+    """Continue every prompt, up to `rows` of them at a time: where one ends, the next takes its row. Yields what each step
+    chose. Prompt n draws from its own generator, seeded with seed + n, so that its continuation does not depend on its
+    neighbours. Ids from `n_vocab` up are never chosen.
+
+    Raises UserError for an empty prompt, ids the model does not know, and what does not fit the context (see
+    `SamplingConfig.overflow`), before anything is computed.
+    """
+    for n, prompt in enumerate(prompts):
+        check_prompt(model, prompt, config, which=f"prompt {n + 1}" if len(prompts) > 1 else "the prompt")
+    batch = _Batch(model, prompts, config, min(rows, len(prompts)), n_vocab)
+    waiting = deque(enumerate(prompts))
+    while waiting or batch.rows:
+        while waiting and len(batch.rows) < batch.size:
+            batch.admit(*waiting.popleft())
+        step = []
+        for row, token, logprob in batch.choose(logprobs):
+            if token == eot:
+                row.finish_reason = "stop"
+                step.append(Chosen(row.number, None, "stop"))
+                continue
+            if stop(row.number, token):
+                row.finish_reason = "stop"
+            elif row.count == config.max_new_tokens:
+                row.finish_reason = "length"
+            elif len(row.ids) > model.config.block_size and config.overflow != "slide":
+                row.finish_reason = "context"
+            step.append(Chosen(row.number, token, row.finish_reason, logprob))
+        yield step
+        batch.step()
+
+
+def check_prompt(model: GPT, prompt: Sequence[int], config: SamplingConfig, which: str = "the prompt") -> None:
+    """Raises UserError for one that cannot be continued."""
+    block_size = model.config.block_size
     if not prompt:
-        raise UserError("the prompt is empty: give some text, or <|endoftext|> to start a document")
+        raise UserError(f"{which} is empty: give some text, or <|endoftext|> to start a document")
     for token in prompt:
         if not 0 <= token < model.config.vocab_size:
-            raise UserError(f"the prompt holds id {token:,}, but the model knows {model.config.vocab_size:,} ids")
-    if len(prompt) > model.config.block_size and not slide:
+            raise UserError(f"{which} holds id {token:,}, but the model knows {model.config.vocab_size:,} ids")
+    if len(prompt) > block_size and config.overflow != "slide":
         raise UserError(
-            f"the prompt has {len(prompt):,} tokens, but the model sees {model.config.block_size:,}: "
-            "shorten it, or use --overflow slide"
+            f"{which} has {len(prompt):,} tokens, but the model sees {block_size:,}: shorten it, or use --overflow slide"
+        )
+    if config.overflow == "error" and len(prompt) + config.max_new_tokens > block_size:
+        raise UserError(
+            f"{which} has {len(prompt):,} tokens, and {config.max_new_tokens:,} more do not fit the context of "
+            f"{block_size:,}: lower --max-new-tokens, or use --overflow stop or slide"
         )
 
 
-def choose(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
-    """Ids (B) drawn from logits (B, V), each row by its number of `uniform` (B) in [0, 1): the first id at which the
-    cumulative probability passes it."""
-    if config.greedy:
-        return logits.argmax(dim=-1)
-    logits = logits / config.temperature
-    ids = None  # of the columns, where they are not the vocabulary any more
-    if config.top_k is not None:
-        logits, ids = logits.topk(min(config.top_k, logits.shape[-1]), dim=-1)  # (B, k), the likeliest first
-    probabilities = logits.softmax(dim=-1)
-    if config.top_p is not None and config.top_p < 1:
-        if ids is None:
-            # The few likeliest are nearly always enough, and finding them costs a hundredth of sorting the vocabulary.
-            some, ids = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]), dim=-1)
-            if bool((some.sum(dim=-1) < config.top_p).any()):
-                some, ids = probabilities.sort(dim=-1, descending=True)
-            probabilities = some
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # (B, 1)
-    drawn = drawn.clamp(max=cumulative.shape[-1] - 1)
-    return drawn[:, 0] if ids is None else ids.gather(1, drawn)[:, 0]
+class _Row:
+    """A prompt that is being continued."""
+
+    def __init__(self, number: int, prompt: Sequence[int], config: SamplingConfig) -> None:
+        self.number, self.ids, self.start = number, list(prompt), len(prompt)
+        generator = torch.Generator().manual_seed(config.seed + number)
+        self.uniform = torch.rand(config.max_new_tokens, generator=generator).tolist()
+        self.finish_reason: str | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.ids) - self.start
+
+
+class _Batch:
+    """The rows that are being continued: the first of the cache's, in order, without gaps."""
+
+    def __init__(
+        self, model: GPT, prompts: Sequence[Sequence[int]], config: SamplingConfig, size: int, n_vocab: int | None
+    ) -> None:
+        self.model, self.config, self.size, self.n_vocab = model, config, size, n_vocab
+        self.rows: list[_Row] = []
+        like = model.wpe.weight
+        longest = max(map(len, prompts), default=0) + config.max_new_tokens
+        self.cache = KVCache(model.config, size, min(model.config.block_size, longest), like)
+        self.logits = like.new_empty(size, model.config.vocab_size)  # of each row's next token
+        self.seen = like.new_zeros(self.logits.shape, dtype=torch.bool) if config.repetition_penalty != 1 else None
+
+    def admit(self, number: int, prompt: Sequence[int]) -> None:
+        """Compute a prompt's keys, values and first logits, or copy them from a row that has the same and is no further."""
+        row, n = _Row(number, prompt, self.config), len(self.rows)
+        twin = next((m for m, other in enumerate(self.rows) if other.count == 0 and other.ids == row.ids), None)
+        if twin is not None:
+            self.cache.copy(twin, n)
+            self.logits[n] = self.logits[twin]
+        else:
+            ids = self._tensor([row.ids[-self.model.config.block_size :]])
+            self.logits[n] = self.model.head(self.model.hidden(ids, self.cache.row(n))[0, -1])
+        if self.seen is not None:
+            self.seen[n] = False
+            self.seen[n, self._tensor(row.ids)] = True
+        self.rows.append(row)
+
+    def choose(self, logprobs: bool) -> list[tuple[_Row, int, float | None]]:
+        """The next token of every row; it becomes a part of the row."""
+        B = len(self.rows)
+        plain = self.logits[:B, : self.n_vocab].float()
+        logits = plain if self.seen is None else penalize(plain, self.seen[:B, : self.n_vocab], self.config.repetition_penalty)
+        uniform = torch.tensor([row.uniform[row.count] for row in self.rows], device=logits.device)
+        new = choose(logits, self.config, uniform)  # (B)
+        if self.seen is not None:
+            self.seen[torch.arange(B, device=new.device), new] = True
+        told: Sequence[float | None] = [None] * B
+        if logprobs:
+            told = plain.log_softmax(dim=-1).gather(1, new[:, None])[:, 0].tolist()
+        tokens = new.tolist()
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.ids.append(token)
+        return list(zip(self.rows, tokens, told, strict=True))
+
+    def step(self) -> None:
+        """Leave out the rows that have ended, and compute the others' next logits."""
+        for n in reversed(range(len(self.rows))):
+            if self.rows[n].finish_reason:
+                self._take_out(n)
+        B, block_size = len(self.rows), self.model.config.block_size
+        full = [n for n, row in enumerate(self.rows) if len(row.ids) > block_size]  # they slide
+        for n in full:
+            self.cache.lengths[n] = 0  # every token moves to another position, so nothing in the cache is of use
+        if len(full) < B:
+            self.cache.active = B
+            new = self._tensor([[row.ids[-1]] for row in self.rows])
+            self.logits[:B] = self.model.head(self.model.hidden(new, self.cache)[:, -1])
+        if full:
+            seen = self._tensor([self.rows[n].ids[-block_size:] for n in full])
+            self.logits[full] = self.model.head(self.model.hidden(seen)[:, -1])
+
+    def _take_out(self, n: int) -> None:
+        last = len(self.rows) - 1
+        if n < last:
+            self.rows[n] = self.rows[last]
+            self.cache.copy(last, n)
+            if self.seen is not None:
+                self.seen[n] = self.seen[last]
+        self.rows.pop()
+
+    def _tensor(self, ids: object) -> Tensor:
+        return torch.tensor(ids, device=self.logits.device)

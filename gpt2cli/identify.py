@@ -15,7 +15,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.formats import gguf, hub, huggingface, llmc, nanogpt, openai
 from gpt2cli.formats.weights import Contents, Weights
 from gpt2cli.shards import MAGIC
-from gpt2cli.tokenizer import Encoding
+from gpt2cli.tokenizer import AnotherKind, Encoding
 
 PADDING = 128  # rows: nobody pads a vocabulary by more for speed
 
@@ -40,7 +40,7 @@ def find(source: str, tokenizer: Path | None = None, progress: hub.Progress | No
         (nanogpt.is_mine, nanogpt.read),
     )
     if path.exists() and not (path / "config.json").is_file() and not (path / "run.json").is_file():
-        read = next((read for is_mine, read in formats if is_mine(path)), None)
+        read = None if _is_part(path) else next((read for is_mine, read in formats if is_mine(path)), None)
         if read:
             contents = read(path)
             return _with_tokenizer(Found(source, contents.facts["format"], path, contents), tokenizer)
@@ -52,13 +52,14 @@ def find(source: str, tokenizer: Path | None = None, progress: hub.Progress | No
 
 
 def read_folder(folder: Path) -> Contents:
-    """A HuggingFace folder with its tokenizer; one that is not ours to read is left to HuggingFace's own code."""
+    """A HuggingFace folder with its tokenizer; one of another kind is left to HuggingFace's own code."""
     config, state = huggingface.read(folder)
+    atomic.check_seal(folder, names=set(huggingface.TOKENIZER))
     try:
-        return Contents(config, state, Encoding.from_folder(folder), facts=_provenance(folder))
-    except UserError as error:
-        note = f"the tokenizer goes along in HuggingFace folders alone: {error}"
-        return Contents(config, state, notes=[note], facts=_provenance(folder), folder=folder)
+        encoding, another = Encoding.from_folder(folder), None
+    except AnotherKind as error:
+        encoding, another = None, str(error)
+    return Contents(config, state, encoding, facts=_provenance(folder), folder=folder, another_tokenizer=another)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -75,17 +76,21 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 def _what_is(path: Path) -> str:
     expected = "expected a run, a HuggingFace folder, a nanoGPT or build-nanogpt .pt, an llm.c .bin, or OpenAI's folder"
-    if path.is_dir():
-        return f"a folder without a model: {expected}"
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if path.suffix == ".safetensors" or path.name.endswith((".index.json", "pytorch_model.bin")):
+    if path.is_dir() and (path / "ckpt.pt").is_file():
+        return f"a folder of nanoGPT: give its {path / 'ckpt.pt'}"
+    if not path.is_file():
+        return f"{'a folder' if path.is_dir() else 'something'} without a model: {expected}"
+    if _is_part(path):
         return f"a part of a HuggingFace folder: give the folder, {path.parent}"
     if gguf.is_mine(path):
         return "a GGUF file, which is only written: give the model it was made from"
-    if magic == MAGIC.to_bytes(4, "little"):
-        return "a shard of tokens, not a model"
-    return f"no model: {expected}"
+    with path.open("rb") as file:
+        magic = file.read(4)
+    return "a shard of tokens, not a model" if magic == MAGIC.to_bytes(4, "little") else f"no model: {expected}"
+
+
+def _is_part(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name.endswith(".index.json") or path.name.startswith("pytorch_model")
 
 
 def _with_tokenizer(found: Found, tokenizer: Path | None) -> Found:
@@ -94,17 +99,25 @@ def _with_tokenizer(found: Found, tokenizer: Path | None) -> Found:
     encoding = Encoding.from_folder(tokenizer) if tokenizer else contents.encoding
     if tokenizer and not encoding:
         raise UserError(f"{tokenizer} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    if encoding is None and not contents.folder and 0 <= contents.config.vocab_size - Encoding.gpt2().n_vocab < PADDING:
+    if (
+        encoding is None
+        and not contents.another_tokenizer
+        and 0 <= contents.config.vocab_size - Encoding.gpt2().n_vocab < PADDING
+    ):
         encoding = Encoding.gpt2()
     if encoding and encoding.n_vocab > contents.config.vocab_size:
         raise UserError(
             f"{tokenizer or found.path}: its tokenizer has {encoding.n_vocab:,} ids, "
             f"but the model knows {contents.config.vocab_size:,}"
         )
-    folder, notes = None if encoding else contents.folder, contents.notes
-    if not encoding and not folder:
+    another, notes = None if encoding else contents.another_tokenizer, contents.notes
+    if another:
+        notes = [*notes, f"the tokenizer goes along in HuggingFace folders alone: {another}"]
+    elif not encoding:
         notes = [*notes, f"no tokenizer is known for its {contents.config.vocab_size:,} ids: --tokenizer gives it one"]
-    return replace(found, contents=replace(contents, encoding=encoding, folder=folder, notes=notes))
+    folder = None if tokenizer else contents.folder  # whose special ids are those of its own tokenizer
+    contents = replace(contents, encoding=encoding, another_tokenizer=another, notes=notes, folder=folder)
+    return replace(found, contents=contents)
 
 
 def cropped(found: Found) -> Contents:
@@ -137,7 +150,7 @@ def describe(source: str, tokenizer: Path | None = None, progress: hub.Progress 
         "parameters": config.num_parameters(),
         "config": asdict(config),
         "dtype": ", ".join(kinds),
-        "tokenizer": "another kind, which only HuggingFace's own code reads" if contents.folder else tokenizer_of,
+        "tokenizer": "another kind, which only HuggingFace's own code reads" if contents.another_tokenizer else tokenizer_of,
         "bytes": sum(path.stat().st_size for path in files),
         "notes": contents.notes,
         "facts": {key: value for key, value in contents.facts.items() if key != "format"},

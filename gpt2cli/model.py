@@ -34,12 +34,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens already seen, see `generate.KVCache`."""
+    """Keys and values of the tokens already seen, see `cache.KVCache`."""
 
-    length: int  # tokens held, and so the position of the next one
+    def positions(self, T: int) -> Tensor:
+        """Where the next T tokens of each row stand: (T), or (B, 1) where rows hold different numbers of tokens."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' (B, nh, T, hs) to a layer; return all of the layer's, (B, nh, length + T, hs)."""
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add the new tokens' (B, nh, T, hs) to a layer; return all of the layer's, (B, nh, S, hs) each, and which of them
+        each row may see, (B, 1, 1, S), where that is not the usual."""
+
+    def advance(self, T: int) -> None:
+        """All layers have been extended by T."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -61,12 +66,14 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, nh, length + T, hs)
+            k, v, mask = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            mask,
             dropout_p=self.attn_dropout if self.training else 0.0,
             is_causal=T > 1,  # one new token may see everything before it
             scale=self.scale,
@@ -144,27 +151,28 @@ class GPT(nn.Module):
         x = self.hidden(idx)  # (B, T, C)
         if loss_only and targets is not None:
             return None, linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
-        logits = F.linear(x, self.head_weight)  # (B, T, V)
+        logits = self.head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. A cache that
-        already holds tokens takes one more at a time."""
-        past = 0 if cache is None else cache.length
+        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. Raises UserError
+        where T is beyond `block_size`."""
         T = idx.shape[1]
-        if past and T > 1:
-            raise ValueError(f"{T} tokens at once after {past} in the cache: their mask is not causal from the corner")
-        if past + T > self.config.block_size:
-            raise UserError(f"{past + T} tokens do not fit the model's context of {self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device)  # (T)
+        if self.config.block_size < T:
+            raise UserError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)  # (T) or (B, 1)
         x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.ln_f(x)  # (B, T, C)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        return F.linear(x, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:

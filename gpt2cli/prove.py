@@ -19,6 +19,16 @@ LLAMA_TOLERANCE = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 2e-1, "q8_0": 5e-1}
 ROWS, LENGTH = 4, 256  # of the sample text, in tokens
 
 
+def check_finite(weights: State, source: str) -> set[torch.dtype]:
+    """The types of the weights. Raises UserError, naming `source`, for one that holds NaN or infinity."""
+    kinds = set()
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinity, so the model computes nothing: take one from before that")
+        kinds.add(tensor.dtype)
+    return kinds
+
+
 def largest_difference(weights: State, back: State, dtype: str) -> float:
     """The largest difference between the weights and what was read back of them: 0 where all are equal bit for bit. Raises
     UserError where it is more than rounding to `dtype` explains, and where a number became infinite."""
@@ -97,7 +107,12 @@ def transformers_logits(folder: Path, ids: Tensor, dtype: str) -> Logits:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, for a config or generation settings that it does not like
+        raise UserError(f"the proof failed: transformers does not load it: {str(error).strip().splitlines()[-1]}") from None
     return "transformers", theirs(ids[None]).logits[0], 1e-4
 
 

@@ -48,6 +48,10 @@ def to_written(token: bytes) -> str:
     return "".join(character_of_byte()[byte] for byte in token)
 
 
+class AnotherKind(UserError):
+    """A tokenizer that is whole, but not a byte-level BPE like GPT-2's."""
+
+
 class Encoding:
     """A byte-level BPE with GPT-2's pre-tokenizer.
 
@@ -238,10 +242,10 @@ def _from_tokenizer_json(data: dict[str, Any], folder: Path) -> Encoding:
 
     model = data["model"]
     if model["type"] != "BPE" or data.get("normalizer"):
-        raise UserError(f"{folder}: its tokenizer is not a plain byte-level BPE like GPT-2's ({model['type']})")
+        raise AnotherKind(f"{folder}: its tokenizer is not a plain byte-level BPE like GPT-2's ({model['type']})")
     for step in steps(data.get("pre_tokenizer")):
         if step.get("type") != "ByteLevel" or step.get("add_prefix_space") or not step.get("use_regex", True):
-            raise UserError(f"{folder}: its pre-tokenizer is not GPT-2's ({step.get('type')})")
+            raise AnotherKind(f"{folder}: its pre-tokenizer is not GPT-2's ({step.get('type')})")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     return _from_vocab(model["vocab"] | added, merges, folder)
@@ -250,7 +254,7 @@ def _from_tokenizer_json(data: dict[str, Any], folder: Path) -> Encoding:
 def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> Encoding:
     vocab = dict(vocab)
     if END_OF_TEXT not in vocab:
-        raise UserError(f"{folder}: its vocabulary has no {END_OF_TEXT}")
+        raise AnotherKind(f"{folder}: its vocabulary has no {END_OF_TEXT}")
     if not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in vocab.values()):
         raise UserError(f"{folder}: its vocabulary gives a token an id that is none")
     eot = vocab.pop(END_OF_TEXT)
@@ -262,5 +266,5 @@ def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> En
     if len({*ids.values(), eot}) != len(ids) + 1:
         raise UserError(f"{folder}: its vocabulary gives one id to two tokens")
     if len(ids) != 256 + len(merges) or order != sorted(set(order)) or any(bytes([b]) not in ids for b in range(256)):
-        raise UserError(f"{folder}: its vocabulary is not 256 bytes and one token a merge, in order of the merges")
+        raise AnotherKind(f"{folder}: its vocabulary is not 256 bytes and one token a merge, in order of the merges")
     return Encoding(ids, merges, eot)

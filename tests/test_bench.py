@@ -54,9 +54,23 @@ def test_bench_sample_times_generate(gpt2, run_folder):
     done = gpt2(
         "bench", "sample", run_folder, "--prompt-tokens", 4, "--new-tokens", 8, "--repeats", 1, "--json", "--device", "cpu"
     )
-    (row,) = json.loads(done.out)["rows"]
-    assert row["new_tokens"] == 8 and row["decode_tokens_per_second"] > 0 and row["time_to_first_token"] > 0
-    assert row["parameters"] == 1_634_720
+    result = json.loads(done.out)
+    (row,) = result["rows"]
+    assert row["decode_tokens_per_second"] > 0 and row["time_to_first_token"] > 0 and row["of_ours"] == 1
+    assert row["read_rate"] == 4 * (1_634_720 - 32 * 32) * row["decode_tokens_per_second"]
+    assert result["new_tokens"] == 8 and result["parameters"] == 1_634_720 and result["read_bandwidth"] > 1e8
+
+
+def test_other_libraries_continue_the_same_prompt_to_the_same_tokens(gpt2, run_folder):
+    command = ["bench", "sample", run_folder, "--prompt-tokens", 4, "--new-tokens", 8, "--repeats", 1, "--device", "cpu"]
+    rows = json.loads(gpt2(*command, "--compare", "hf", "--batch-size", 2, "--json").out)["rows"]
+    assert rows[1]["who"].startswith("transformers") and rows[1]["same_tokens"] == rows[0]["same_tokens"] == 8
+    done = gpt2(*command, "--quantize", "int8")
+    assert done.code == 0 and "perplexity" in done.err and "with int8" in done.err
+    assert "--compare vllm is unknown" in gpt2(*command, "--compare", "vllm").err
+    for name, package in (("ctranslate2", "ctranslate2"), ("llamacpp", "llama-cpp-python")):
+        done = gpt2(*command, "--compare", name)
+        assert done.code == 0 or f"pip install {package}" in done.err
 
 
 def test_tables_are_the_product_and_conditions_the_narration(gpt2, monkeypatch):

@@ -115,7 +115,7 @@ def test_an_existing_target_is_replaced_only_by_force(folder, tmp_path):
     convert(str(folder), tmp_path / "out", force=True)
     with pytest.raises(UserError, match="source itself"):
         convert(str(folder), folder, force=True)
-    with pytest.raises(UserError, match="not a model folder"):
+    with pytest.raises(UserError, match="name of a new folder"):
         convert(str(folder), folder.parent, force=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "precious").write_text("mine")
@@ -169,7 +169,7 @@ def use_index(folder, value):
         (lambda f: replace_tensor(f, "transformer.extra", torch.ones(1)), "transformer.extra has no place"),
         (lambda f: replace_tensor(f, "transformer.ln_f.bias", None), "the first is ln_f.bias"),
         (lambda f: replace_tensor(f, "transformer.h.0.attn.c_attn.weight", torch.ones(5)), "c_attn.weight has shape"),
-        (lambda f: use_bin(f, {"wte.weight": Trap()}), "damaged or not a weight file"),
+        (lambda f: use_bin(f, {"wte.weight": Trap()}), "to be run"),
         (lambda f: use_bin(f, [1, 2]), "no plain table"),
         (lambda f: use_index(f, {"weight_map": {"a": "../w.safetensors"}}), "not a file beside it"),
         (lambda f: use_index(f, {"weight_map": {"a": "gone.safetensors"}}), "gone.safetensors is missing"),

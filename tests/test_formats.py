@@ -1,6 +1,7 @@
 """Every format into every other and back; and each against something that is not ours: nanoGPT's own structure, llm.c's
 layout read with numpy, llama.cpp's own package, a checkpoint that TensorFlow wrote."""
 
+import io
 import itertools
 import json
 import math
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gpt2cli import Encoding
+from gpt2cli import Encoding, prove
 from gpt2cli.convert import FORMATS, convert
 from gpt2cli.errors import UserError
 from gpt2cli.formats import gguf, huggingface, llmc, nanogpt, openai
 from gpt2cli.identify import find
 from gpt2cli.model import GPT
+from gpt2cli.tokenizer import END_OF_TEXT, byte_of_character, to_written
 
 from .conftest import make_model
 
@@ -406,6 +408,10 @@ def test_openais_own_vocabulary_goes_along_and_the_newest_checkpoint_is_read(tmp
         (folder / "encoder.json").write_text(json.dumps(tokens.written))
         (folder / "vocab.bpe").write_text("#version: 0.2\n")
         find(str(folder))
+    ids = {to_written(bytes([byte])): n for n, byte in enumerate(byte_of_character().values())} | {"ab": 256, END_OF_TEXT: 257}
+    (folder / "encoder.json").write_text(json.dumps(ids))
+    (folder / "vocab.bpe").write_text("#version: 0.2\na b\n")
+    assert Encoding.from_folder(folder).encode("abba") == [256, ids["b"], ids["a"]]
     for name in ("encoder.json", "vocab.bpe"):
         (folder / name).unlink()
     for path in folder.glob("model.ckpt*"):
@@ -541,8 +547,8 @@ def nanogpt_with(path, **changes):
         (lambda p: nanogpt_with(p, tensor={"_orig_mod.transformer.ln_f.bias": torch.ones(32)}), "ln_f.bias twice"),
         (lambda p: nanogpt_with(p, tensor={"transformer.ln_f.bias": torch.ones(32, dtype=torch.int64)}), "is int64"),
         (lambda p: nanogpt_with(p, tensor={"transformer.ln_f.bias": torch.ones(32).to_sparse()}), "not a plain tensor"),
-        (lambda p: nanogpt_with(p, args={"block_size": 10**9}, tensor={"transformer.wpe.weight": VAST}), "fewer bytes than"),
-        (lambda p: nanogpt_with(p, args={"vocab_size": 10**9}, tensor=both_heads(VAST)), "fewer bytes than"),
+        (lambda p: nanogpt_with(p, args={"block_size": 10**9}, tensor={"transformer.wpe.weight": VAST}), "its tensors claim"),
+        (lambda p: nanogpt_with(p, args={"vocab_size": 10**9}, tensor=both_heads(VAST)), "its tensors claim"),
         (lambda p: p.write_bytes(header(3, 32, 97, 2, 2, 32, 128)), "header describes"),
         (lambda p: p.write_bytes(header(3, 32, 97, 2, 2, 32, 128)[:100]), "no whole header"),
         (lambda p: p.write_bytes(header(1, 32, 97, 2, 2, 32, 128)), "version 1 is not read"),
@@ -607,6 +613,208 @@ def test_openai_files_that_are_not_whole_are_refused(tmp_path, gpt2, name, chang
     assert done.code == 1 and says in done.err, done.err
     (path.parent / "model.ckpt.data-00000-of-00001").unlink()
     assert gpt2("convert", "o", "--out", "b").code == 1
+
+
+def varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def table(entries, shared=0, flag=0, repeat=1):
+    """A LevelDB table of one block with (name, value) pairs, as TensorFlow writes its index."""
+
+    def block(pairs):
+        data = b"".join(varint(shared) + varint(len(k)) + varint(len(v)) + k + v for k, v in pairs)
+        data += (0).to_bytes(4, "little") + (1).to_bytes(4, "little")
+        crc = openai._masked(openai._crc32c(data + bytes([flag])))
+        return data + bytes([flag]) + crc.to_bytes(4, "little")
+
+    one = block([(b"", b"\x08\x01"), *entries] if not shared else entries)
+    place = varint(0) + varint(len(one) - 5)
+    shared, flag = 0, 0
+    index = block([(b"x%d" % n, place) for n in range(repeat)])
+    footer = varint(0) * 2 + varint(len(one)) + varint(len(index) - 5)
+    return one + index + footer.ljust(40, b"\0") + (0xDB4775248B80FB57).to_bytes(8, "little")
+
+
+def entry(shape, offset, size, slices=False):
+    dims = b"".join(b"\x12" + varint(len(b"\x08" + varint(n))) + b"\x08" + varint(n) for n in shape)
+    return b"\x08\x01\x12" + varint(len(dims)) + dims + b"\x20" + varint(offset) + b"\x28" + varint(size) + b"\x38\x01" * slices
+
+
+@pytest.mark.parametrize(
+    "index, says",
+    [
+        (table([(b"model/ln_f/b", entry([8], 0, 32))]), "27 tensors are missing"),
+        (table([(b"model/ln_f/b", entry([8], 0, 32)), (b"model/ln_f/g", entry([8], 16, 32))]), "lie over each other"),
+        (table([(b"model/ln_f/g", entry([8], 0, 32)), (b"model/ln_f/w", entry([8], 32, 32))]), "ln_f.weight twice"),
+        (table([(b"model/ln_f/b", entry([8], 0, 1 << 62))]), "beyond its end"),
+        (table([(b"model/ln_f/b", entry([8], 1 << 62, 32))]), "beyond its end"),
+        (table([(b"model/ln_f/b", entry([1 << 62], 0, 32))]), "has shape"),
+        (table([(b"model/ln_f/b", entry([8], 0, 32, slices=True))]), "cut in slices"),
+        (table([(b"model/ln_f/b", b"\x0b")]), "unknown kind"),
+        (table([(b"model/ln_f/b", b"\x12\x7f")]), "ends too early"),
+        (table([(b"model/ln_f/b", entry([8], 0, 32))], flag=1), "compressed"),
+        (table([(b"model/ln_f/b", entry([8], 0, 32))], repeat=2), "not one after the other"),
+        (table([(b"a" * 300, b"")]), "no end"),
+        (table([(b"a", b"")], shared=1), "no beginning"),
+        (table([]) + bytes(1 << 20), "too large"),
+    ],
+)
+def test_an_index_of_tensorflow_that_lies_is_refused(tmp_path, gpt2, index, says):
+    shutil.copytree(OPENAI, tmp_path / "o")
+    (tmp_path / "o" / "model.ckpt.index").write_bytes(index)
+    done = gpt2("convert", "o", "--out", "b")
+    assert done.code == 1 and says in done.err, done.err
+
+
+def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path, gpt2):
+    saved_by_nanogpt(tmp_path / "ckpt.pt")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    one = torch.zeros(97 * 128)
+    saved["model"] = {name: one[: tensor.numel()].view(tensor.shape) for name, tensor in saved["model"].items()}
+    del saved["optimizer"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    done = gpt2("convert", "ckpt.pt", "--out", "b")
+    assert done.code == 1 and "its tensors claim" in done.err
+    (tmp_path / "a").mkdir()
+    shutil.copy(save(tmp_path / "c") / "config.json", tmp_path / "a")
+    torch.save(saved["model"], tmp_path / "a" / "pytorch_model.bin")
+    done = gpt2("convert", "a", "--out", "b")
+    assert done.code == 1 and "its tensors claim" in done.err
+
+
+def test_a_zip_that_hides_from_python_is_no_way_around_its_checks(tmp_path, gpt2):
+    zipped(tmp_path / "x.pt", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        archive.comment = b"hidden PK\5\6"
+    done = gpt2("convert", "x.pt", "--out", "b")
+    assert done.code == 1 and ("compressed" in done.err or "damaged" in done.err)
+
+
+# ==== what must not be lost ====
+
+
+def test_what_appears_at_the_target_meanwhile_is_kept(tmp_path, gpt2, monkeypatch):
+    save(tmp_path / "a")
+    forward = prove.forward
+
+    def meanwhile(*arguments):
+        for name in ("b/file", "c.bin"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("precious")
+        return forward(*arguments)
+
+    monkeypatch.setattr(prove, "forward", meanwhile)
+    for arguments in (("--out", "b"), ("--to", "llmc", "--out", "c.bin")):
+        done = gpt2("convert", "a", *arguments)
+        assert done.code == 1 and "already exists" in done.err
+        for name in ("b/file", "c.bin"):
+            assert (tmp_path / name).read_text() == "precious"
+            (tmp_path / name).unlink()
+        shutil.rmtree(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_force_replaces_nothing_but_a_model(tmp_path, gpt2, run_folder):
+    save(tmp_path / "a")
+    save(tmp_path / "b")
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    shutil.copytree(run_folder, tmp_path / "run")
+    (step,) = (path for path in (tmp_path / "run").glob("step-*") if path.name.endswith("8"))
+    for out in ("b", step):
+        done = gpt2("convert", "a", "--out", out, "--force")
+        assert done.code == 1 and "or holds more" in done.err
+    done = gpt2("convert", "a", "--to", "llmc", "--out", "a/model.safetensors", "--force")
+    assert done.code == 1 and "is in it" in done.err
+    assert find("a").format == "HuggingFace folder" and (step / "training.json").exists()
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_left_alone(tmp_path, gpt2, monkeypatch):
+    save(tmp_path / "a")
+    save(tmp_path / "real", n_layer=1)
+    (tmp_path / "link").symlink_to("real")
+    assert gpt2("convert", "a", "--out", "link", "--force").code == 0
+    assert (tmp_path / "link").is_symlink() and find("real").contents.config.n_layer == 2
+    done = gpt2("convert", "a", "--to", "llmc", "--out", os.devnull, "--force")
+    assert done.code == 1 and "neither a file nor a folder" in done.err
+    assert gpt2("convert", os.devnull, "--out", "x").code == 1
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    done = gpt2("convert", "../a", "--out", ".")
+    assert done.code == 1 and "the name of a new folder" in done.err
+    monkeypatch.chdir(tmp_path / "a")
+    assert gpt2("convert", ".", "--to", "nanogpt", "--out", "../x/y/z.pt").code == 0
+    assert gpt2("convert", ".", "--to", "llmc").out == "a.bin\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_and_an_interrupt_are_not_hidden_by_torchs_zip_writer(tmp_path, error, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise error
+
+    save(tmp_path / "a")
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **more: Full() if "w" in mode else real(self, mode, **more))
+    with pytest.raises(type(error)):
+        convert(str(tmp_path / "a"), tmp_path / "n" / "m" / "x.pt", to="nanogpt")
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_broken_model_is_refused_by_name(tmp_path, gpt2):
+    save(tmp_path / "a")
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    state["transformer.h.1.mlp.c_fc.bias"][3] = math.nan
+    save_file(state, tmp_path / "b.safetensors")
+    shutil.move(tmp_path / "b.safetensors", tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "checkpoint.json").unlink(missing_ok=True)
+    done = gpt2("convert", "a", "--out", "b")
+    assert done.code == 1 and "h.1.mlp.c_fc.bias holds NaN" in done.err
+
+
+# ==== what goes along ====
+
+
+def test_what_a_folder_says_beside_its_weights_goes_along(tmp_path, gpt2):
+    save(tmp_path / "a", vocab_size=50257)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"eos_token_id": 7, "pad_token_id": 8}))
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "max_length": 99}))
+    settings = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "a" / "vocab.txt").symlink_to("/etc/passwd")
+    assert gpt2("convert", "a", "--out", "b").code == 0
+    written = {name: json.loads(Path("b", name).read_text()) for name in ("config.json", "generation_config.json")}
+    assert (written["config.json"]["eos_token_id"], written["config.json"]["pad_token_id"]) == (7, 8)
+    assert written["generation_config.json"]["max_length"] == 99
+    assert json.loads(Path("b/tokenizer_config.json").read_text()) == settings and not Path("b/vocab.txt").exists()
+    assert gpt2("convert", "a", "--out", "c", "--tokenizer", "a").code == 0
+    assert json.loads(Path("c/config.json").read_text())["eos_token_id"] == 50256
+
+
+def test_another_kind_of_tokenizer_goes_along_and_a_damaged_one_is_refused(tmp_path, gpt2):
+    save(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
+    done = gpt2("convert", "a", "--out", "b")
+    assert done.code == 0 and "in HuggingFace folders alone" in done.err
+    assert Path("b/tokenizer.json").read_bytes() == Path("a/tokenizer.json").read_bytes()
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    done = gpt2("convert", "a", "--out", "c")
+    assert done.code == 1 and "cannot be read" in done.err
+    Path("b/tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
+    done = gpt2("convert", "b", "--out", "c")
+    assert done.code == 1 and "changed since gpt2 wrote it" in done.err
+
+
+def test_weights_that_git_left_behind_and_nanogpts_folder_are_told(tmp_path, gpt2):
+    save(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in gpt2("convert", "a", "--out", "b").err
+    (tmp_path / "out").mkdir()
+    saved_by_nanogpt(tmp_path / "out" / "ckpt.pt")
+    assert "give its out/ckpt.pt" in gpt2("convert", "out", "--to", "hf", "--out", "b").err
+    torch.save({}, tmp_path / "a" / "pytorch_model.bin")
+    assert "give the folder" in gpt2("convert", "a/pytorch_model.bin", "--out", "b").err
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited and measured through Linux's /proc")

@@ -5,7 +5,9 @@ import torch
 
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
-from gpt2cli.generate import choose, generate
+from gpt2cli.generate import continue_all, generate
+from gpt2cli.linear import Int8Linear, PackedLinear, prepare
+from gpt2cli.sampling import choose, penalize
 
 from .conftest import make_model
 
@@ -24,6 +26,22 @@ def by_full_forward(model, ids, count):
 
 def first_row(rows):
     return [row[0] for row in rows]
+
+
+def continuations(model, prompts, config, **options):
+    """Ids, log probabilities and reason of each prompt."""
+    found = [([], [], []) for _ in prompts]
+    for step in continue_all(model, prompts, config, **options):
+        for chosen in step:
+            ids, logprobs, reasons = found[chosen.prompt]
+            ids += [chosen.token] if chosen.token is not None else []
+            logprobs += [chosen.logprob] if chosen.logprob is not None else []
+            reasons += [chosen.finish_reason] if chosen.finish_reason else []
+    assert all(len(reasons) == 1 for _, _, reasons in found)
+    return [(ids, logprobs, reasons[0]) for ids, logprobs, reasons in found]
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_head": 5, "n_embd": 80, "block_size": 17, "n_layer": 3}, {"block_size": 4}])
@@ -83,11 +101,124 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
     assert list(generate(model, PROMPT, SamplingConfig(greedy=True), eot=first_row(generate(model, PROMPT, GREEDY))[0])) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}])
+MANY = [[5, 3, 8], [1], [9, 9, 2, 4, 4, 1, 7], [3, 3], list(range(20)), [5, 3, 8], [60, 61]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 4}, {"seed": 4, "repetition_penalty": 1.4, "top_k": 9}])
+def test_a_prompt_in_a_batch_is_the_prompt_alone_whatever_its_neighbours_lengths(rows, options):
+    model = make_model()
+    config = SamplingConfig(max_new_tokens=9, **options)
+    together = continuations(model, MANY, config, rows=rows, logprobs=True)
+    for n, prompt in enumerate(MANY):
+        alone = SamplingConfig(max_new_tokens=9, **options | {"seed": config.seed + n})
+        ((ids, logprobs, reason),) = continuations(model, [prompt], alone, logprobs=True)
+        assert (together[n][0], together[n][2]) == (ids, reason)
+        assert together[n][1] == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows):
+    model = make_model(block_size=9)
+    prompts = [[n % 97 for n in range(30)], [1, 2], [4] * 8, [7]]
+    slide = SamplingConfig(greedy=True, max_new_tokens=14, overflow="slide")
+    for prompt, (ids, _, reason) in zip(prompts, continuations(model, prompts, slide, rows=rows), strict=True):
+        assert prompt + ids == by_full_forward(model, prompt, 14) and reason == "length"
+    ends = [reason for _, _, reason in continuations(model, prompts[1:], SamplingConfig(greedy=True, max_new_tokens=4))]
+    assert ends == ["length", "context", "length"]
+
+
+def test_log_probabilities_are_the_models_own():
+    model = make_model()
+    config = SamplingConfig(max_new_tokens=6, temperature=2.0, top_k=5, repetition_penalty=1.5)
+    ((ids, logprobs, _),) = continuations(model, [PROMPT], config, logprobs=True)
+    logits = model(torch.tensor([PROMPT + ids]))[0][0, len(PROMPT) - 1 : -1]
+    expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_caller_can_end_a_prompt():
+    model = make_model()
+    config = SamplingConfig(greedy=True, max_new_tokens=20)
+    free = continuations(model, MANY[:3], config)
+    stopped = continuations(model, MANY[:3], config, stop=lambda prompt, token: prompt == 1 and token == free[1][0][2])
+    at = free[1][0].index(free[1][0][2])
+    assert stopped[1] == (free[1][0][: at + 1], [], "stop") and stopped[0] == free[0] and stopped[2] == free[2]
+
+
+def test_the_repetition_penalty_is_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
+
+    seen = torch.tensor([[1, 5, 5], [0, 2, 7]])
+    logits = torch.randn(2, 9)
+    mask = torch.zeros(2, 9, dtype=torch.bool).scatter(1, seen, True)
+    assert torch.equal(penalize(logits, mask, 1.7), RepetitionPenaltyLogitsProcessor(1.7)(seen, logits.clone()))
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.3}
+    expected = theirs.generate(torch.tensor([PROMPT]), **settings)[0].tolist()
+    config = SamplingConfig(greedy=True, max_new_tokens=25, repetition_penalty=1.3)
+    assert PROMPT + first_row(generate(model, PROMPT, config)) == expected != by_full_forward(model, PROMPT, 25)
+
+
+# ==== the linear layers of decoding ====
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [{}, {"n_head": 5, "n_embd": 80, "vocab_size": 311}, {"tie_word_embeddings": False}])
+def test_packed_layers_compute_what_the_model_computes(shape):
+    model, packed = make_model(**shape), prepare(make_model(**shape))
+    kinds = [type(module) for module in packed.modules()]
+    assert kinds.count(PackedLinear) == 8 and isinstance(vars(packed)["head"], PackedLinear)
+    for T in (1, 3, 32):
+        x = torch.arange(T)[None]
+        assert (packed(x)[0] - model(x)[0]).abs().max() < 1e-4
+    assert first_row(generate(packed, PROMPT, GREEDY)) == first_row(generate(model, PROMPT, GREEDY))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_int8_weights_are_the_weights_to_half_a_step_and_rows_do_not_see_each_other(rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(rows, 64)
+    weight[7] *= 1000
+    layer = Int8Linear(weight, bias)
+    kept = layer.weight * layer.scale.float()[:, None]
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((kept - weight).abs() <= 0.51 * step + 0.005 * weight.abs().amax(dim=1, keepdim=True)).all()
+    expected = x @ kept.t() + bias
+    assert ((layer(x) - expected).abs() <= 0.01 * (x.abs() @ kept.abs().t() + bias.abs())).all()
+    if rows <= 64:
+        assert torch.equal(layer(x)[:1], layer(x[:1]))
+
+
+def test_a_model_with_int8_weights_is_nearly_the_model():
+    model, small = make_model(), prepare(make_model(), "int8")
+    x = torch.arange(32)[None]
+    a, b = model(x)[0].log_softmax(-1), small(x)[0].log_softmax(-1)
+    divergence = (a.exp() * (a - b)).sum(-1).mean()
+    assert 0 < divergence < 1e-3
+    assert len(first_row(generate(small, PROMPT, GREEDY))) == 30
+    with pytest.raises(UserError, match="int4 is unknown"):
+        prepare(make_model(), "int4")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"min_p": 0.2},
+        {"top_p": 0.9, "min_p": 0.1},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"top_k": 5, "top_p": 0.8},
+    ],
+)
 @pytest.mark.parametrize("likeliest", [1, 3, 1024])
 def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
     """Chi-square of 100,000 draws against transformers' own processors, at p = 0.001."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     config = SamplingConfig(**{"temperature": 1.0, "top_p": None} | options)
     logits = torch.tensor([[2.0, -1.0, 0.5, 0.3, 3.0, 1.1, -3.0, 0.0]])
@@ -96,8 +227,10 @@ def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
         expected = TopKLogitsWarper(config.top_k)(None, expected)
     if config.top_p:
         expected = TopPLogitsWarper(config.top_p)(None, expected)
+    if config.min_p:
+        expected = MinPLogitsWarper(config.min_p)(None, expected)
     p = expected.softmax(dim=-1)[0].double()
-    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "LIKELIEST", likeliest)
+    monkeypatch.setattr(sys.modules["gpt2cli.sampling"], "LIKELIEST", likeliest)
     n = 100_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(choose(logits.expand(n, -1), config, uniform), minlength=8).double()
@@ -112,3 +245,12 @@ def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
 def test_a_prompt_that_cannot_be_continued_is_refused(prompt, says):
     with pytest.raises(UserError, match=says):
         next(generate(make_model(), prompt))
+    with pytest.raises(UserError, match=says.replace("33", "prompt 2 has 33")):
+        next(continue_all(make_model(), [PROMPT, prompt]))
+
+
+def test_what_would_reach_the_end_of_the_context_can_be_refused():
+    config = SamplingConfig(max_new_tokens=30, overflow="error")
+    with pytest.raises(UserError, match="30 more do not fit the context of 32"):
+        next(generate(make_model(), PROMPT, config))
+    assert len(list(generate(make_model(), PROMPT[:2], config))) == 30

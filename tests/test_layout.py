@@ -12,8 +12,9 @@ HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "documents", "pieces", "look", "survey", "encode",
     "vocabulary", "corpus", "device", "formats", "loss", "model", "data", "optim",
-    "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify", "generate",
-    "identify", "prove", "convert", "bench", "commands",
+    "guard", "metrics", "checkpoint", "writer", "sources", "plan", "resume", "step", "train", "verify",
+    "cache", "sampling", "generate", "identify", "prove", "convert", "linear", "complete",
+    "peers", "bench", "bench_generate", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": "",
@@ -43,11 +44,17 @@ MAY_IMPORT = {
     "step": "guard model",
     "train": "atomic checkpoint data device formats guard metrics model optim plan sources step writer",
     "verify": "atomic checkpoint plan resume train",
-    "generate": "config model",
+    "cache": "config",
+    "sampling": "config",
+    "generate": "cache config model sampling",
+    "linear": "device model",
+    "complete": "config generate model tokenizer",
     "identify": "atomic checkpoint formats shards tokenizer",
     "prove": "config documents formats model tokenizer",
     "convert": "atomic config formats identify prove",
-    "bench": "config corpus device documents generate model optim shards step survey tokenizer",
+    "peers": "formats model tokenizer",
+    "bench": "config corpus device documents model optim shards step survey tokenizer",
+    "bench_generate": "bench config device generate linear model peers prove tokenizer",
 }
 LIBRARIES = {
     "typer": ["commands"],
@@ -56,8 +63,9 @@ LIBRARIES = {
     "gigatoken": ["encode"],
     "tokenizers": ["vocabulary"],
     "pyarrow": ["documents"],
-    "transformers": ["prove"],
-    "llama_cpp": ["prove"],
+    "transformers": ["prove", "peers"],
+    "llama_cpp": ["prove", "peers"],
+    "ctranslate2": ["peers"],
     "gguf": ["formats/gguf"],
     "huggingface_hub": ["formats/hub"],
     "safetensors": ["formats/huggingface", "checkpoint", "verify"],

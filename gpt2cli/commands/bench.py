@@ -126,37 +126,62 @@ def sample(
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=2)] = 128,
     repeats: Annotated[int, typer.Option(help="Timed runs; the median is shown.", min=1)] = 3,
+    quantize: Annotated[str | None, typer.Option(help="Weights as int8.", metavar="int8")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Other libraries to run in turn, separated by commas.", metavar="hf,ctranslate2,llamacpp")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights.", metavar="fp32|bf16|fp16")] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Time the real generation: the prompt and the decoding apart."""
+    """Time greedy generation, the prompt and the decoding apart; int8 with what it costs in perplexity."""
     config = model_config(preset)
 
-    from gpt2cli import bench, checkpoint
+    from gpt2cli import bench, bench_generate, checkpoint
     from gpt2cli.commands import console
     from gpt2cli.model import GPT
+    from gpt2cli.tokenizer import Encoding
 
     where, kind, facts = decide(device, dtype)
-    network = checkpoint.load(model).model if model else GPT(config)
-    row = bench.bench_sample(
-        network, where, kind, B=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+    loaded = checkpoint.load(model) if model else None
+    network = loaded.model if loaded else GPT(config).eval()
+    rows = bench_generate.bench_generate(
+        network,
+        where,
+        kind,
+        quantize=quantize,
+        compare=compare.split(",") if compare else (),
+        B=batch_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
     )
+    facts |= {"parameters": network.config.num_parameters(), "B": batch_size, "prompt_tokens": prompt_tokens}
+    facts |= {"new_tokens": new_tokens, "quantize": quantize, "read_bandwidth": bench_generate.read_bandwidth(where)}
+    if quantize:
+        encoding = loaded.encoding if loaded else Encoding.gpt2()
+        facts["perplexity"] = bench_generate.perplexities(network.float().cpu(), encoding, quantize)
     if as_json:
-        return console.print_json(bench.as_json("sample", facts, [row]))
+        return console.print_json(bench.as_json("sample", facts, rows))
     console.table(
-        f"Generation, {model or preset}: {row.parameters:,} parameters",
-        ("rows", "prompt + new", "first token ms", "decode tokens/s", "weights read GB/s"),
+        f"{model or preset}: {facts['parameters']:,} parameters, {batch_size} x ({prompt_tokens} + {new_tokens}) tokens",
+        ("who", "first token ms", "decode tokens/s", "of ours", "same tokens"),
         [
             (
-                str(row.B),
-                f"{row.prompt_tokens} + {row.new_tokens}",
+                row.who,
                 f"{row.time_to_first_token * 1e3:,.0f}",
-                f"{row.decode_tokens_per_second:,.1f}",
-                f"{row.read_rate / 1e9:.1f}",
+                f"{row.decode_tokens_per_second:,.1f} ({row.spread[0]:,.1f} to {row.spread[1]:,.1f})",
+                f"{row.of_ours:.2f}x",
+                f"{row.same_tokens}",
             )
+            for row in rows
         ],
     )
+    roof = facts["read_bandwidth"]
+    console.note(f"our weights are read at {rows[0].read_rate / 1e9:.1f} GB/s; a sum reads {roof / 1e9:.1f} GB/s here")
+    if quantize:
+        before, after = facts["perplexity"]
+        console.note(f"perplexity {before:.3f}, with {quantize} {after:.3f} ({after / before - 1:+.2%}), on the embedded text")
     show_conditions(facts)
 
 

@@ -1,9 +1,11 @@
-"""`gpt2 sample`: a model and a prompt -> text."""
+"""`gpt2 sample`: a model and prompts -> text."""
 
 from __future__ import annotations
 
+import json
 import sys
-import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +15,9 @@ from gpt2cli.config import CHOICES, SamplingConfig
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
-    from gpt2cli.checkpoint import Loaded
+    from gpt2cli.complete import Completion, Sample
 
-CHOOSING, MACHINE = "Choosing the next token", "Machine"
+CHOOSING, ENDING, MANY, MACHINE = "Choosing the next token", "Where it ends", "Many prompts", "Machine"
 SAMPLING = SamplingConfig()
 
 
@@ -29,8 +31,7 @@ def command(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without it standard input, if it is a pipe.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = SAMPLING.max_new_tokens,
-    num_samples: Annotated[int, typer.Option(help="Continuations to make, in one batch.")] = 1,
+    num_samples: Annotated[int, typer.Option(help="Continuations to make of a prompt.", min=1)] = 1,
     temperature: Annotated[
         float, typer.Option(help="Below 1 safer, above 1 wilder.", rich_help_panel=CHOOSING)
     ] = SAMPLING.temperature,
@@ -38,14 +39,37 @@ def command(
     top_p: Annotated[
         float | None, typer.Option(help="Only among the fewest of this probability together.", rich_help_panel=CHOOSING)
     ] = SAMPLING.top_p,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Only among those with this part of the likeliest one's probability.", rich_help_panel=CHOOSING),
+    ] = SAMPLING.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: what was there already becomes less likely.", rich_help_panel=CHOOSING)
+    ] = SAMPLING.repetition_penalty,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest.", rich_help_panel=CHOOSING)] = False,
     seed: Annotated[int, typer.Option(help="Sample n draws with seed + n.", rich_help_panel=CHOOSING)] = SAMPLING.seed,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.", rich_help_panel=ENDING)] = SAMPLING.max_new_tokens,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.", rich_help_panel=ENDING)
+    ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after <|endoftext|>.", rich_help_panel=CHOOSING)
+        bool, typer.Option("--ignore-eos", help="Go on after <|endoftext|>.", rich_help_panel=ENDING)
     ] = False,
     overflow: Annotated[
-        str, typer.Option(metavar="stop|slide", help="At the end of the context.", rich_help_panel=CHOOSING)
+        str,
+        typer.Option(
+            metavar="stop|slide|error",
+            help="At the end of the context: stop there, let it slide, or refuse what would get there.",
+            rich_help_panel=ENDING,
+        ),
     ] = SAMPLING.overflow,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSONL with a "prompt" a line; gives JSONL.', rich_help_panel=MANY)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New file for what --prompts gives; by default stdout.", rich_help_panel=MANY)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.", min=1, rich_help_panel=MANY)] = 16,
     device: Annotated[
         str, typer.Option(help="Where to run.", metavar="|".join(CHOICES["device"]), rich_help_panel=MACHINE)
     ] = "auto",
@@ -53,34 +77,65 @@ def command(
         str,
         typer.Option(help="Of the weights; auto: bf16 on CUDA.", metavar="auto|fp32|bf16|fp16", rich_help_panel=MACHINE),
     ] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Weights as int8: faster on a CPU, nearly the same text.", metavar="int8", rich_help_panel=MACHINE),
+    ] = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="In the JSON, each token's log probability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, at the end.")] = False,
 ) -> None:
-    """Continue a prompt.
+    """Continue a prompt, or many.
 
     Text goes to stdout as it comes; what was done, and how fast, to stderr. A literal <|endoftext|> in the prompt is that
     one token.
     """
-    config = SamplingConfig(max_new_tokens, temperature, top_k, top_p, greedy, seed, overflow)
-    text = read_prompt(prompt, prompt_file)
+    config = SamplingConfig(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, greedy=greedy, seed=seed, overflow=overflow
+    )
+    check_options(prompts, prompt, prompt_file, out, logprobs, as_json)
 
     from gpt2cli import checkpoint
     from gpt2cli.commands import console
+    from gpt2cli.complete import complete, read_prompts
+    from gpt2cli.linear import place
 
-    with console.Bars() as bars:
-        loaded = checkpoint.load(model, bars.downloaded)
-    if loaded.embedded_vocabulary:
-        console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
-    show = None if as_json else Writer(text, num_samples)
-    result = continue_text(loaded, text, config, num_samples, ignore_eos, device, dtype, show)
+    lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
+    lines = [line for line in lines for _ in range(num_samples)]
+    with ExitStack() as stack:
+        show = Quiet() if as_json else Stream(lines[0]["prompt"], num_samples)
+        if prompts:
+            show = Lines(lines, num_samples, config.seed, stack.enter_context(open_new(out)) if out else sys.stdout)
+        with console.Bars() as bars:
+            loaded = checkpoint.load(model, bars.downloaded)
+        if loaded.embedded_vocabulary:
+            console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
+        result = complete(
+            place(loaded.model, device, dtype, quantize),
+            loaded.encoding,
+            [line["prompt"] for line in lines],
+            config,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            rows=batch_size if prompts else num_samples,
+            on_text=show.text,
+            on_end=show.end,
+        )
+        show.finish()
     if as_json:
-        console.print_json(result)
-    count = sum(len(sample["tokens"]) for sample in result["samples"])
-    console.note(
-        f"{count:,} tokens, {result['tokens_per_second']:,.1f} tokens/s, first after "
-        f"{result['time_to_first_token']:.2f} s, seed {seed}, {loaded.folder}"
-    )
-    if any(sample["finish_reason"] == "context" for sample in result["samples"]):
-        console.note(f"stopped at the end of the context ({loaded.model.config.block_size:,} tokens); see --overflow slide")
+        console.print_json(as_object(result, str(loaded.folder), seed))
+    tell(result, seed, loaded.folder, loaded.model.config.block_size)
+
+
+def check_options(
+    prompts: Path | None, prompt: str | None, prompt_file: Path | None, out: Path | None, logprobs: bool, as_json: bool
+) -> None:
+    if prompts and (prompt is not None or prompt_file or as_json):
+        raise UserError("--prompts brings the prompts and gives JSONL: leave out --prompt, --prompt-file and --json")
+    if out and not prompts:
+        raise UserError("--out is for what --prompts gives; a single prompt's text goes to stdout: gpt2 sample ... > FILE")
+    if logprobs and not (prompts or as_json):
+        raise UserError("--logprobs go into the JSON: add --json, or use --prompts")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -98,77 +153,73 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def continue_text(
-    loaded: Loaded,
-    prompt: str,
-    config: SamplingConfig,
-    num_samples: int,
-    ignore_eos: bool,
-    device_name: str,
-    dtype: str,
-    show: Writer | None,
-) -> dict[str, Any]:
-    """The JSON object of `--json`; each whole character is shown as soon as it is there."""
-    from gpt2cli import device
-    from gpt2cli.generate import generate
-    from gpt2cli.tokenizer import StreamDecoder
-
-    where = device.pick_device(device_name)
-    if dtype == "auto":
-        dtype = device.pick_dtype("auto", where) if where.type == "cuda" else "fp32"
-    device.set_up(config.seed)
-    model = loaded.model.to(where, device.DTYPES[device.pick_dtype(dtype, where)])
-    encoding = loaded.encoding
-    ids = encoding.encode(prompt, special=True)
-    decoders = [StreamDecoder(encoding) for _ in range(num_samples)]
-    samples: list[dict[str, Any]] = [{"text": "", "tokens": [], "finish_reason": "length"} for _ in range(num_samples)]
-    started, first = time.perf_counter(), 0.0
-    eot = None if ignore_eos else encoding.eot
-    for row in generate(model, ids, config, num_samples=num_samples, eot=eot, n_vocab=encoding.n_vocab):
-        first = first or time.perf_counter() - started
-        for n, token in enumerate(row):
-            if token is None:
-                samples[n]["finish_reason"] = "stop"
-                continue
-            piece = decoders[n].feed(token)
-            samples[n]["tokens"].append(token)
-            samples[n]["text"] += piece
-            if show:
-                show.add(n, piece)
-    elapsed = time.perf_counter() - started
-    longest = max(len(sample["tokens"]) for sample in samples)
-    for n, sample in enumerate(samples):
-        rest = decoders[n].finish()
-        sample["text"] += rest
-        if len(sample["tokens"]) == longest < config.max_new_tokens:
-            full = len(ids) + longest > model.config.block_size and config.overflow == "stop"
-            sample["finish_reason"] = "context" if full else "stop"
-        if show:
-            show.add(n, rest)
-    if show:
-        show.end()
-    return {
-        "model": str(loaded.folder),
-        "seed": config.seed,
-        "samples": samples,
-        "tokens_per_second": sum(len(sample["tokens"]) for sample in samples) / elapsed,
-        "time_to_first_token": first,
-    }
+def open_new(path: Path) -> Any:
+    try:
+        return path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"{path} already exists: give another --out, or delete it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-class Writer:
+def as_object(result: Completion, folder: str, seed: int) -> dict[str, Any]:
+    samples = [{key: value for key, value in asdict(sample).items() if value is not None} for sample in result.samples]
+    speed = {"tokens_per_second": result.tokens_per_second, "time_to_first_token": result.time_to_first_token}
+    return {"model": folder, "seed": seed, "samples": samples, **speed}
+
+
+def tell(result: Completion, seed: int, folder: Path, block_size: int) -> None:
+    from gpt2cli.commands import console
+
+    if any(sample.finish_reason == "context" for sample in result.samples):
+        console.note(f"stopped at the end of the context ({block_size:,} tokens); see --overflow slide")
+    console.note(
+        f"{sum(len(sample.tokens) for sample in result.samples):,} tokens, {result.tokens_per_second:,.1f} tokens/s, "
+        f"first after {result.time_to_first_token:.2f} s, seed {seed}, {folder}"
+    )
+
+
+# ==== what is shown while it comes ====
+
+
+class Quiet:
+    def text(self, number: int, piece: str) -> None: ...
+
+    def end(self, number: int, sample: Sample) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Stream(Quiet):
     """Streams one sample as it comes, after the prompt; of several, the first streams and the others follow whole."""
 
     def __init__(self, prompt: str, num_samples: int) -> None:
         self.texts = [f"--- sample {n + 1} ---\n{prompt}" for n in range(num_samples)] if num_samples > 1 else [prompt]
 
-    def add(self, n: int, piece: str) -> None:
-        self.texts[n] += piece
-        if n == 0:
+    def text(self, number: int, piece: str) -> None:
+        self.texts[number] += piece
+        if number == 0:
             sys.stdout.write(self.texts[0])
             sys.stdout.flush()
             self.texts[0] = ""
 
-    def end(self) -> None:
+    def finish(self) -> None:
         sys.stdout.write("\n".join(self.texts) + "\n")
         sys.stdout.flush()
+
+
+class Lines(Quiet):
+    """One JSON line a sample, in the order of the prompts: the prompt's own line, and what became of it."""
+
+    def __init__(self, lines: list[dict[str, Any]], num_samples: int, seed: int, file: Any) -> None:
+        from gpt2cli.complete import InOrder
+
+        self.lines, self.num_samples, self.seed, self.file = lines, num_samples, seed, file
+        self.ordered = InOrder(file.write)
+
+    def end(self, number: int, sample: Sample) -> None:
+        result = {key: value for key, value in asdict(sample).items() if value is not None}
+        which = {"sample": number % self.num_samples} if self.num_samples > 1 else {}
+        line = self.lines[number] | which | {"seed": self.seed + number} | result
+        self.ordered.put(number, json.dumps(line, ensure_ascii=False))
+        self.file.flush()

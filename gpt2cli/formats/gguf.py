@@ -72,7 +72,7 @@ def write(path: Path, contents: Contents, dtype: str) -> list[str]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name in kinds:
-            array = contents.weights[name].float().contiguous().numpy()
+            array = contents.weights[name].detach().float().contiguous().numpy()
             writer.write_tensor_data(gguf.quants.quantize(array, kinds[name]).view(np.uint8))
     finally:
         writer.close()

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +50,10 @@ TOKENIZER = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+_CARRIED = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "embd_pdrop", "reorder_and_upcast_attn"),
+    *("task_specific_params", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
+)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -77,6 +82,8 @@ def config_from_json(values: dict[str, Any], source: str) -> GPTConfig:
         )
     for ours, theirs in (("block_size", "n_positions"), ("dropout", "resid_pdrop"), ("attn_dropout", "attn_pdrop")):
         known[ours] = values.get(theirs, 0.1 if ours != "block_size" else 1024)
+    if type(known.get("layer_norm_epsilon")) is int and abs(known["layer_norm_epsilon"]) < 2:
+        known["layer_norm_epsilon"] = float(known["layer_norm_epsilon"])
     for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):  # GPT2Config's defaults, where they differ
         known.setdefault(name, default)
     try:
@@ -173,23 +180,23 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def _tensors(path: Path) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a weight file."""
+    """A reader for each tensor of a weight file; those of safetensors are mapped into memory as long as they live."""
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path} only says where git-lfs keeps the weights: run 'git lfs pull' where it came from")
     if path.suffix == ".safetensors":
-        return {name: partial(_read_safetensors, path, name) for name in _read_safetensors(path)}
+        try:
+            opened = safe_open(path, framework="pt")
+        except Exception as error:  # the library raises many kinds for damaged or hostile files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path} is damaged or not a weight file: {reason}") from None
+        return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
     state = pickled.load(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds no plain table of tensors")
+    weights.check_plain(state, str(path))
+    pickled.check_size(path, state, tied="lm_head.weight")
     return {name: partial(state.__getitem__, name) for name in state}
-
-
-def _read_safetensors(path: Path, name: str | None = None) -> Any:
-    """One tensor of a file, mapped into memory as long as it lives; without a name the names of all."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name) if name else list(file.keys())
-    except Exception as error:  # the library raises many kinds for damaged or hostile files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a weight file: {reason}") from None
 
 
 # ==== writing ====
@@ -239,14 +246,30 @@ def _write_safetensors(path: Path, tensors: State, dtype: torch.dtype | None) ->
         raise
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Take over the tokenizer files of another model folder as they are, and the special ids of its config.json."""
+def carry_over(source: Path, folder: Path) -> None:
+    """Take over, as they are, what another model folder says beside its weights: the tokenizer, how to generate, special
+    ids."""
     for name in (*TOKENIZER, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        path = source / name
+        if path.is_file() and _is_own(path):
+            shutil.copyfile(path, folder / name)
     theirs = atomic.read_json(source / "config.json")
-    ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
-    _write_json(folder / "config.json", atomic.read_json(folder / "config.json") | ids)
+    kept = {name: theirs[name] for name in _CARRIED if name in theirs}
+    _write_json(folder / "config.json", atomic.read_json(folder / "config.json") | kept)
+
+
+def is_only_a_model(folder: Path) -> bool:
+    """Whether it is a model folder, and nothing in it is anything else, such as a run's training state."""
+    known = {*WEIGHTS, *TOKENIZER, "config.json", "generation_config.json", atomic.SEAL, "README.md", ".gitattributes"}
+    names = [path.name for path in folder.iterdir()]
+    others = [name for name in names if name not in known and not re.fullmatch(r"(model|pytorch_model)-[\w-]+\.\w+", name)]
+    return "config.json" in names and not others
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is one of its folder's, and not a link to somebody else's; the hub's cache has links to its `blobs`."""
+    home = path.resolve().parent
+    return home == path.parent.resolve() or home == path.parent.resolve().parent.parent / "blobs"
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

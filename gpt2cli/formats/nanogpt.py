@@ -9,7 +9,6 @@ computed the tanh GELU until May 2023; of that only the oldest files tell, which
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -56,7 +55,7 @@ def read(path: Path) -> Contents:
         dropout = float(settings.get("dropout", 0.0))
         activation = "gelu_new" if tanh else "gelu"
         config = GPTConfig(**shape, dropout=dropout, attn_dropout=dropout, activation_function=activation)
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from None
     tensors = _named(saved["model"], path)
     notes = _without_biases(config, tensors)
@@ -77,11 +76,11 @@ def _named(model: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         if name in tensors:
             raise UserError(f"{path} has tensor {name} twice")
         tensors[name] = tensor
+    weights.check_plain(tensors, str(path))
+    pickled.check_size(path, tensors, tied="lm_head.weight")
     head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in tensors:
-        weights.check_storage({"lm_head.weight": head, "wte.weight": tensors["wte.weight"]}, str(path))
-        if not torch.equal(head, tensors["wte.weight"]):
-            raise UserError(f"{path}: lm_head.weight differs from wte.weight, but these programs tie them")
+    if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but these programs tie them")
     return tensors
 
 
@@ -100,9 +99,9 @@ def _facts(saved: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, keys in (("step", ("iter_num", "step")), ("validation loss", ("best_val_loss", "val_loss"))):
         value = next((saved[key] for key in keys if key in saved), None)
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
             value = value.item()
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) < 1e15:  # NaN is not
             facts[name] = value
     return facts
 
@@ -130,6 +129,9 @@ def write(path: Path, contents: Contents, dtype: str) -> list[str]:
         "best_val_loss": contents.facts.get("validation loss") or 1e9,  # nanoGPT's own first value
         "config": {},
     }
-    with path.open("wb") as file:  # a name would go into the file
-        torch.save(checkpoint, file)
+    try:
+        with path.open("wb") as file:  # a name would go into the file
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # torch's zip writer hides an interrupt and a full disk behind one of its own
+        raise error.__context__ or error from None
     return notes

@@ -11,6 +11,7 @@ Of `model.ckpt.meta`, the graph, nothing is needed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from gpt2cli.tokenizer import Encoding
 
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57  # LevelDB's, at the end of a table
 _DTYPES = {1: torch.float32, 14: torch.bfloat16, 19: torch.float16}  # of TensorFlow's types.proto
-_LARGEST_INDEX = 1 << 26  # bytes; that of 1558M has 30 kB
+_LARGEST_INDEX, _LONGEST_NAME = 1 << 20, 256  # bytes; the index of 1558M has 30 kB
 _ENDS = {"g": "weight", "w": "weight", "b": "bias"}
 
 
@@ -61,7 +62,13 @@ def read(folder: Path) -> Contents:
         name = _ours(theirs)
         if name not in shapes:
             raise UserError(f"{index}: tensor {theirs} has no place in this GPT-2, see {folder / 'hparams.json'}")
+        if name in readers:
+            raise UserError(f"{index} has {name} twice, the second time as {theirs}")
         readers[name] = _reader(index, theirs, entry, shapes[name])
+    places = sorted(entries.values(), key=lambda entry: (entry.shard, entry.offset))
+    for before, after in itertools.pairwise(places):
+        if before.shard == after.shard and before.offset + before.size > after.offset:
+            raise UserError(f"{index} is damaged: two tensors lie over each other")
     state = Weights(readers)
     weights.check(config, state, str(folder))
     facts = {"format": "OpenAI's TensorFlow checkpoint", "checkpoint": index.stem}
@@ -140,7 +147,10 @@ def _entries(index: Path) -> dict[str, Entry]:
         for _ in range(2):
             footer.varint()  # where the unused metaindex lies
         blocks = [_Bytes(value) for _, value in _block(table, footer.varint(), footer.varint())]
-        pairs = [pair for place in blocks for pair in _block(table, place.varint(), place.varint())]
+        places = [(place.varint(), place.varint()) for place in blocks]
+        if any(start + size > following for (start, size), (following, _) in itertools.pairwise(places)):
+            raise ValueError("its blocks are not one after the other")
+        pairs = [pair for place in places for pair in _block(table, *place)]
         return {name.decode(): _entry(value) for name, value in pairs if name}  # the nameless first one is the header
     except (ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{index} is not a whole index of a TensorFlow checkpoint: {error}") from None
@@ -182,8 +192,8 @@ def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
     entries, key = _Bytes(block[: max(0, size - 4 - 4 * restarts)]), b""
     while entries.place < len(entries.data):
         shared, rest, length = entries.varint(), entries.varint(), entries.varint()
-        if shared > len(key):
-            raise ValueError("a name in it has no beginning")
+        if shared > len(key) or shared + rest > _LONGEST_NAME:
+            raise ValueError("a name in it has no beginning, or no end")
         key = key[:shared] + entries.take(rest)
         yield key, entries.take(length)
 

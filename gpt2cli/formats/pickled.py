@@ -10,10 +10,12 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2cli.errors import UserError
 
@@ -26,7 +28,8 @@ def load(path: Path) -> Any:
     """What `torch.save` wrote to `path`, its tensors mapped from the file. Raises UserError for anything that is damaged, or
     holds more than tensors, plain values and a `GPTConfig`."""
     try:
-        zipped = zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it
         names = _settings_classes(path) if zipped else []
         with torch.serialization.safe_globals([(Settings, name) for name in names]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles: that they are refused is told by the error
@@ -35,6 +38,15 @@ def load(path: Path) -> Any:
         raise
     except Exception as error:  # the library raises many kinds for damaged or hostile files
         raise UserError(f"{path} {_reason(error)}") from None
+
+
+def check_size(path: Path, tensors: Mapping[str, Tensor], tied: str) -> None:
+    """Raises UserError where the tensors of `path` claim more bytes than it has, that named `tied`, which may share another
+    one's, for itself: a hostile file can give one storage to many, or describe terabytes that are one number."""
+    size = {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+    claimed = max(size.pop(tied, 0), sum(size.values()))
+    if claimed > path.stat().st_size:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, but its tensors claim {claimed:,}")
 
 
 def is_pickle(path: Path) -> bool:
@@ -49,7 +61,9 @@ def _settings_classes(path: Path) -> list[str]:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
                 raise UserError(f"{path} is no checkpoint: {entry.filename!r} in it is compressed, which torch.save never does")
-        (pickle,) = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+        pickle = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+        if pickle is None:
+            raise UserError(f"{path} is a zip, but not one that torch.save wrote")
         names = set()
         for operation, argument, _ in pickletools.genops(archive.read(pickle)):
             if operation.name == "GLOBAL" and str(argument).endswith(" GPTConfig"):

@@ -1,0 +1,91 @@
+"""Linear layers for decoding, where every token reads every weight and does little with it: bandwidth is the limit.
+
+On a CPU torch's own product of one row reads at half the speed of the memory (MKL's works on one core), and that of a few
+rows is slower still; oneDNN's, with its weights in blocks, reads at all of it. With int8 weights there is a quarter to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2cli import device
+from gpt2cli.errors import UserError
+from gpt2cli.model import GPT
+
+PACKED_FOR = 16  # rows: how oneDNN blocks weights depends on it a little
+FEW = 64  # rows up to which the int8 product is faster than one with fp32 weights made of them
+
+
+def prepare(model: GPT, quantize: str | None = None) -> GPT:
+    """Put `model`'s linear layers, the output layer too, into the form that decodes fastest where it is: the numbers are
+    the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`. For generating only.
+
+    Changes `model`, and returns it. Raises UserError for another `quantize`, and where the device has no int8 product.
+    """
+    if quantize not in (None, "int8"):
+        raise UserError(f"--quantize {quantize} is unknown; expected int8")
+    weight = model.wpe.weight
+    if quantize is None and not (weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()):
+        return model
+    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else PackedLinear
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                setattr(module, name, make(child.weight.detach(), None if child.bias is None else child.bias.detach()))
+    vars(model)["head"] = make(model.head_weight.detach(), None)  # in place of the method
+    return model
+
+
+def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None) -> GPT:
+    """`model` on a device in a dtype, `prepare`d. `auto` is bf16 on CUDA where it has it, and fp32 elsewhere: on a CPU only
+    fp32 gives what other programs give, and int8 is faster than bf16."""
+    where = device.pick_device(device_name)
+    if dtype == "auto" and where.type != "cuda":
+        dtype = "fp32"
+    device.set_up(seed=0)
+    return prepare(model.to(where, device.DTYPES[device.pick_dtype(dtype, where)]), quantize)
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's linear operator, which its compiler uses, too."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class PackedLinear(nn.Module):
+    """`F.linear` through oneDNN, with a copy of the weight in its blocked layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """Weight-only int8: each output's weights (a row) are whole multiples of 1/127 of the largest of them, x stays as
+    it is but for a rounding to bf16, in which the product is made.
+
+    A row of x is computed without regard to the others: no scale is taken over them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.scale = (weight.float().abs().amax(dim=1).clamp(min=1e-20) / 127).bfloat16()  # (out)
+        steps = weight.float() / self.scale.float()[:, None]
+        self.weight = steps.round().clamp(-127, 127).to(torch.int8)  # (out, in)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        if len(rows) > FEW:
+            return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)  # (N, out)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias

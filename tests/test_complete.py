@@ -1,0 +1,168 @@
+"""Text from text: stop strings, streaming, files of prompts, and the command around them."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gpt2cli import Encoding
+from gpt2cli.complete import InOrder, _Text, complete, read_prompts
+from gpt2cli.config import SamplingConfig
+from gpt2cli.errors import UserError
+from gpt2cli.generate import Chosen
+
+from .conftest import make_model
+
+BYTES = Encoding({bytes([n]): n for n in range(256)}, [], eot=256)
+
+
+def told(text, stop, ids=None):
+    """Feed a text byte by byte, as a model would choose it; the pieces that were shown, and the sample."""
+    one, pieces = _Text(BYTES, stop, logprobs=False), []
+    for token in ids or text.encode():
+        stopped = one.add(token)
+        one.take(Chosen(0, token, "stop" if stopped else None))
+        pieces.append(one.certain())
+        if stopped:
+            return pieces, one.sample
+    one.take(Chosen(0, None, "stop"))
+    return [*pieces, one.certain()], one.sample
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("ab END cd", ["END"], "ab "),
+        ("ab EN cd", ["END"], "ab EN cd"),
+        ("aaab", ["aab"], "a"),
+        ("ab\n\ncd\n", ["\n\n", "cd"], "ab"),
+        ("xcdab", ["ab", "cdab"], "x"),  # the earliest beginning of those that end together
+        ("héé🙂x", ["🙂"], "héé"),
+        ("no", [], "no"),
+        ("EEND", ["END"], "E"),
+    ],
+)
+def test_text_ends_before_a_stop_string_and_nothing_of_it_is_ever_shown(text, stop, expected):
+    pieces, sample = told(text, stop)
+    assert sample.text == "".join(pieces) == expected and sample.finish_reason == "stop"
+
+
+def test_stop_strings_in_random_texts_are_found_as_a_plain_search_finds_them():
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choice("abc") for _ in range(12))
+        stop = ["".join(draw.choice("abc") for _ in range(draw.randrange(1, 5))) for _ in range(draw.randrange(3))]
+        ends = {
+            min((text.find(s) + len(s), text.find(s)) for s in stop if s in text) for _ in "x" if any(s in text for s in stop)
+        }
+        expected = text[: min(begin for end, begin in ends)] if ends else text
+        pieces, sample = told(text, stop)
+        assert "".join(pieces) == sample.text
+        end = min((end for end, _ in ends), default=len(text))
+        firsts = [text[:end].find(s) for s in stop if s in text[:end]]
+        assert sample.text == (text[: min(firsts)] if firsts else expected)
+
+
+def test_half_characters_are_not_shown():
+    pieces, sample = told("", [], ids=list("é".encode())[:1])
+    assert pieces == ["", "\ufffd"] and sample.text == "\ufffd"
+
+
+def test_completing_stops_at_strings_that_the_model_writes_over_several_tokens():
+    model = make_model(vocab_size=257)
+    config = SamplingConfig(max_new_tokens=25, seed=3, temperature=2.0)
+    free = complete(model, BYTES, ["ab", "c"], config, ignore_eos=True)
+    text = free.samples[0].text
+    stop = text[6:9]
+    shown: dict[int, str] = {0: "", 1: ""}
+    cut = complete(
+        model, BYTES, ["ab", "c"], config, ignore_eos=True, stop=[stop], logprobs=True,
+        on_text=lambda n, piece: shown.update({n: shown[n] + piece}),
+    )  # fmt: skip
+    assert cut.samples[0].text == shown[0] == text[: text.find(stop)] and cut.samples[0].finish_reason == "stop"
+    assert len(cut.samples[0].tokens) == len(cut.samples[0].logprobs) < 25
+    assert cut.samples[1].text == shown[1]
+    with pytest.raises(UserError, match="--stop string is empty"):
+        complete(model, BYTES, ["a"], config, stop=[""])
+
+
+def test_lines_are_written_in_order_as_soon_as_they_can_be():
+    written = []
+    lines = InOrder(written.append)
+    for n in (2, 0, 1, 4, 3):
+        lines.put(n, str(n))
+    assert written == ["0\n", "1\n", "2\n", "3\n", "4\n"]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n\n[1]\n', "line 3: expected an object with a text"),
+        ('{"text": "a"}', "line 1: expected"),
+        ('{"prompt": ""}', "line 1: expected"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("\n", "has no prompts"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_names_the_line(tmp_path, text, says):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_many_prompts_of_many_lengths_come_back_in_order(gpt2, run_folder):
+    lines = [{"prompt": "O " * (1 + n % 7), "id": n} for n in range(12)]
+    Path("p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '"plain text"\n')
+    options = ["--max-new-tokens", 6, "--seed", 5, "--logprobs"]
+    done = gpt2("sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--batch-size", 3, *options)
+    assert (done.code, done.out) == (0, "") and "tokens/s" in done.err
+    results = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
+    assert [result.get("id") for result in results] == [*range(12), None] and results[12]["prompt"] == "plain text"
+    assert [result["seed"] for result in results] == list(range(5, 18))
+    for result in (results[4], results[11]):
+        alone = gpt2("sample", run_folder, "--prompt", result["prompt"], "--json", *options[:2], "--seed", result["seed"])
+        assert json.loads(alone.out)["samples"][0]["text"] == result["text"]
+        assert len(result["logprobs"]) == len(result["tokens"])
+    done = gpt2("sample", run_folder, "--prompts", "p.jsonl", "--num-samples", 2, "--max-new-tokens", 2)
+    assert [json.loads(line)["sample"] for line in done.out.splitlines()] == [0, 1] * 13
+    done = gpt2("sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl")
+    assert done.code == 1 and "already exists" in done.err
+    assert "cannot be written" in gpt2("sample", run_folder, "--prompts", "p.jsonl", "--out", "no/o.jsonl").err
+
+
+def test_options_of_sample_do_what_they_say(gpt2, run_folder):
+    command = ["sample", run_folder, "--prompt", "First Citizen", "--max-new-tokens", 12, "--ignore-eos"]
+    free = json.loads(gpt2(*command, "--json", "--logprobs").out)["samples"][0]
+    assert len(free["logprobs"]) == 12 and max(free["logprobs"]) <= 0
+    stop = free["text"][3:5]
+    cut = json.loads(gpt2(*command, "--json", "--stop", stop, "--stop", "never").out)["samples"][0]
+    assert cut["text"] == free["text"][: free["text"].find(stop)] and cut["finish_reason"] == "stop"
+    assert gpt2(*command, "--stop", stop).out == "First Citizen" + cut["text"] + "\n"
+    others = [("--min-p", "0.9"), ("--repetition-penalty", "5"), ("--temperature", "3")]
+    assert all(json.loads(gpt2(*command, "--json", *other).out)["samples"][0]["text"] != free["text"] for other in others)
+    small = json.loads(gpt2(*command, "--json", "--greedy", "--quantize", "int8").out)["samples"][0]
+    exact = json.loads(gpt2(*command, "--json", "--greedy").out)["samples"][0]
+    assert small["tokens"][:1] == exact["tokens"][:1]
+    assert "do not fit the context" in gpt2(*command[:-2], "256", "--overflow", "error").err
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--prompts", "p.jsonl", "--prompt", "x"), "leave out --prompt"),
+        (("--prompts", "p.jsonl", "--json"), "leave out --prompt"),
+        (("--prompt", "x", "--out", "y"), "--out is for what --prompts gives"),
+        (("--prompt", "x", "--logprobs"), "add --json"),
+        (("--prompt", "x", "--min-p", "2"), "--min-p must be from 0 to 1"),
+        (("--prompt", "x", "--repetition-penalty", "0"), "--repetition-penalty must be above 0"),
+        (("--prompt", "x", "--temperature", "inf"), "--temperature must be above 0"),
+        (("--prompt", "x", "--overflow", "wrap"), "must be stop, slide or error"),
+        (("--prompt", "x", "--quantize", "int4"), "--quantize int4 is unknown"),
+        (("--prompts", "missing.jsonl"), "missing.jsonl: No such file"),
+    ],
+)
+def test_mistakes_are_told(gpt2, run_folder, arguments, says):
+    done = gpt2("sample", run_folder, *arguments)
+    assert done.code == 1 and says in done.err and done.out == ""
