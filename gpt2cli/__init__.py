@@ -11,10 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2cli.config import GPTConfig, TrainConfig
+    from gpt2cli.complete import complete
+    from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
+    from gpt2cli.convert import convert
     from gpt2cli.data import DataLoaderLite
     from gpt2cli.errors import UserError
     from gpt2cli.generate import generate
+    from gpt2cli.linear import prepare
     from gpt2cli.model import GPT
     from gpt2cli.plan import make_plan
     from gpt2cli.tokenizer import Encoding
@@ -27,10 +30,14 @@ __all__ = [
     "DataLoaderLite",
     "Encoding",
     "GPTConfig",
+    "SamplingConfig",
     "TrainConfig",
     "UserError",
+    "complete",
+    "convert",
     "generate",
     "make_plan",
+    "prepare",
     "train",
 ]
 
@@ -39,9 +46,13 @@ _ROOM_OF = {
     "DataLoaderLite": "data",
     "Encoding": "tokenizer",
     "GPTConfig": "config",
+    "SamplingConfig": "config",
     "TrainConfig": "config",
     "UserError": "errors",
+    "complete": "complete",
+    "convert": "convert",
     "generate": "generate",
+    "prepare": "linear",
     "make_plan": "plan",
     "train": "train",
 }

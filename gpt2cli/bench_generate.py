@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +58,9 @@ def bench_generate(
     if prompt_tokens + new_tokens > model.config.block_size:
         raise UserError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's context of {model.config.block_size}")
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as scratch:
-        others = peers.make(compare, model, where, dtype, quantize, Path(scratch))
+    with peers.started(compare, model, where, dtype, quantize) as others:
         device.set_up(seed=0)
-        mine = prepare(copy.deepcopy(model).to(where, device.DTYPES[dtype]).eval(), quantize)
+        mine = prepare(copy.deepcopy(model).to(where, device.DTYPES[dtype]).eval(), quantize, rows=B)
         ways = {"gpt2": ours(mine, where)} | others
         tokens = {who: run(prompt, B, new_tokens) for who, run in ways.items()}  # which warms up
         firsts: dict[str, list[float]] = {who: [] for who in ways}

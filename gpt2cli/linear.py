@@ -7,6 +7,7 @@ rows is slower still; oneDNN's, with its weights in blocks, reads at all of it. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -17,13 +18,12 @@ from gpt2cli import device
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 
-PACKED_FOR = 16  # rows: how oneDNN blocks weights depends on it a little
 FEW = 64  # rows up to which the int8 product is faster than one with fp32 weights made of them
 
 
-def prepare(model: GPT, quantize: str | None = None) -> GPT:
-    """Put `model`'s linear layers, the output layer too, into the form that decodes fastest where it is: the numbers are
-    the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`. For generating only.
+def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
+    """Put `model`'s linear layers, the output layer too, into the form that decodes `rows` at a time fastest where it is: the
+    numbers are the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`. For generating only.
 
     Changes `model`, and returns it. Raises UserError for another `quantize`, and where the device has no int8 product.
     """
@@ -32,7 +32,7 @@ def prepare(model: GPT, quantize: str | None = None) -> GPT:
     weight = model.wpe.weight
     if quantize is None and not (weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()):
         return model
-    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else PackedLinear
+    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, rows)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != "lm_head":
@@ -41,14 +41,14 @@ def prepare(model: GPT, quantize: str | None = None) -> GPT:
     return model
 
 
-def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None) -> GPT:
+def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None, rows: int = 1) -> GPT:
     """`model` on a device in a dtype, `prepare`d. `auto` is bf16 on CUDA where it has it, and fp32 elsewhere: on a CPU only
     fp32 gives what other programs give, and int8 is faster than bf16."""
     where = device.pick_device(device_name)
     if dtype == "auto" and where.type != "cuda":
         dtype = "fp32"
     device.set_up(seed=0)
-    return prepare(model.to(where, device.DTYPES[device.pick_dtype(dtype, where)]), quantize)
+    return prepare(model.to(where, device.DTYPES[device.pick_dtype(dtype, where)]), quantize, rows)
 
 
 def has_onednn() -> bool:
@@ -57,11 +57,11 @@ def has_onednn() -> bool:
 
 
 class PackedLinear(nn.Module):
-    """`F.linear` through oneDNN, with a copy of the weight in its blocked layout."""
+    """`F.linear` through oneDNN, with a copy of the weight in the blocked layout that suits `rows` best."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, rows: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +86,5 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         if len(rows) > FEW:
             return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
-        y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)  # (N, out)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).view(*x.shape[:-1], -1)  # (..., out), bf16
+        return y.to(x.dtype) if self.bias is None else y + self.bias

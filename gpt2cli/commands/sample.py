@@ -101,6 +101,7 @@ def command(
 
     lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
     lines = [line for line in lines for _ in range(num_samples)]
+    rows = min(batch_size, len(lines)) if prompts else num_samples
     with ExitStack() as stack:
         show = Quiet() if as_json else Stream(lines[0]["prompt"], num_samples)
         if prompts:
@@ -110,14 +111,14 @@ def command(
         if loaded.embedded_vocabulary:
             console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
         result = complete(
-            place(loaded.model, device, dtype, quantize),
+            place(loaded.model, device, dtype, quantize, rows),
             loaded.encoding,
             [line["prompt"] for line in lines],
             config,
             stop=stop or (),
             ignore_eos=ignore_eos,
             logprobs=logprobs,
-            rows=batch_size if prompts else num_samples,
+            rows=rows,
             on_text=show.text,
             on_end=show.end,
         )
