@@ -343,7 +343,12 @@ def test_a_gguf_holds_what_llama_cpp_asks_for(tmp_path):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["token_embd.weight"] == kinds["blk.1.ffn_down.weight"] == "Q8_0"
     assert kinds["position_embd.weight"] == kinds["blk.0.attn_qkv.bias"] == kinds["output_norm.weight"] == "F32"
-    assert len(kinds) == 28
+    layer = "attn_norm attn_qkv attn_output ffn_norm ffn_up ffn_down"
+    both = [f"blk.{n}.{name}" for n in range(2) for name in layer.split()] + ["output_norm"]
+    names = {f"{name}.{kind}" for name in both for kind in ("weight", "bias")}
+    assert set(kinds) == names | {"token_embd.weight", "position_embd.weight"}
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}  # the row's length first
+    assert shapes["blk.0.ffn_up.weight"] == [32, 128] and shapes["blk.0.attn_qkv.weight"] == [32, 96]
 
 
 def test_ids_without_a_token_are_padding_in_a_gguf_and_rows_that_q8_cannot_cut_are_fp16(tmp_path):

@@ -146,6 +146,15 @@ def test_a_caller_can_end_a_prompt():
     assert stopped[1] == (free[1][0][: at + 1], [], "stop") and stopped[0] == free[0] and stopped[2] == free[2]
 
 
+def test_a_row_that_moves_in_the_batch_keeps_what_it_has_seen():
+    model = make_model()
+    config = SamplingConfig(greedy=True, max_new_tokens=9, repetition_penalty=2.0)
+    together = continuations(model, MANY, config, rows=3, stop=lambda prompt, token: prompt == 0)  # the last takes its place
+    assert len(together[0][0]) == 1
+    for prompt, (ids, _, _) in list(zip(MANY, together, strict=True))[1:]:
+        assert continuations(model, [prompt], config)[0][0] == ids
+
+
 def test_the_repetition_penalty_is_transformers(tmp_path):
     from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
