@@ -133,8 +133,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from None
         value = {"prompt": value} if isinstance(value, str) else value
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise UserError(f"{path}, line {number}: expected an object with a text as its 'prompt'")
+        if not value["prompt"]:
+            raise UserError(f"{path}, line {number}: the prompt is empty: give some text, or <|endoftext|> to start a document")
         lines.append(value)
     if not lines:
         raise UserError(f"{path} has no prompts: expected a line like " + '{"prompt": "Once upon a time"}')

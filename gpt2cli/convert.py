@@ -24,7 +24,7 @@ from gpt2cli.identify import Found, cropped, find, read_folder
 class Format:
     """`express` says what becomes of a config in this format, with a sentence for each change, or raises UserError for what
     has no place in it; `write` (path, contents, dtype) returns more such sentences; `program` (path, ids, dtype) is how another
-    program computes it, or None where that is not installed."""
+    program computes it, or None, for the reason `no_program`."""
 
     title: str
     name: str  # of what is written where no --out is given
@@ -33,6 +33,7 @@ class Format:
     write: Callable[[Path, Contents, str], list[str]]
     read: Callable[[Path], Contents]
     program: Callable[[Path, Tensor, str], prove.Logits | None] = lambda path, ids, dtype: None
+    no_program: str = "it is no library that could be asked"
 
 
 def _write_huggingface(folder: Path, contents: Contents, dtype: str) -> list[str]:
@@ -76,6 +77,7 @@ FORMATS = {
         write=gguf.write,
         read=gguf.read_back,
         program=prove.llama_logits,
+        no_program="llama-cpp-python is not installed",
     ),
 }
 
@@ -101,17 +103,18 @@ class Conversion:
     loss_after: float
     program: str | None  # which other program's logits were compared
     logits_error: float | None  # largest difference from them
+    not_compared: str | None  # why no logits were
     bytes: int
     files: dict[str, str]  # name -> sha256
 
 
 def convert(
     source: str,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     to: str = "hf",
     dtype: str | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     force: bool = False,
     progress: hub.Progress | None = None,
     tell: Callable[[str], None] = lambda stage: None,
@@ -125,7 +128,8 @@ def convert(
     target = FORMATS[to]
     if dtype and dtype not in target.dtypes:
         raise UserError(f"--dtype {dtype} has no place in a {target.title}; expected {', '.join(target.dtypes)}")
-    out = out or _default_out(source, target)
+    out = Path(out) if out else _default_out(source, target)
+    tokenizer = Path(tokenizer) if tokenizer else None
     _check_out(out, to, force)
     tell(f"reading {source}")
     with atomic.new_folder(out.resolve(), replace=True) if to == "hf" else atomic.new_file(out.resolve()) as place:
@@ -153,6 +157,8 @@ def _check_out(out: Path, to: str, force: bool) -> None:
         raise UserError(f"{out} cannot be replaced as a whole: give --out the name of a new folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+    if to == "hf" and out.is_file():
+        raise UserError(f"{out} is a file, but a {FORMATS[to].title} is a folder: give another --out")
     if not force:
         raise UserError(f"{out} already exists: give another --out, or --force to replace it")
     if to == "hf" and not huggingface.is_only_a_model(out):
@@ -209,6 +215,7 @@ def _write(
         loss_after=after,
         program=other[0] if other else None,
         logits_error=prove.check_logits(logits, *other) if other else None,
+        not_compared=None if other else target.no_program,
         bytes=sum(path.stat().st_size for path in paths.values()),
         files={name: atomic.sha256(path) for name, path in paths.items()},
     )

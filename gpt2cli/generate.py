@@ -30,7 +30,7 @@ class Chosen:
 
 def generate(
     model: GPT,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | Tensor,
     config: SamplingConfig = SamplingConfig(),
     *,
     num_samples: int = 1,
@@ -41,7 +41,10 @@ def generate(
     has ended. See `continue_all`."""
     if num_samples < 1:
         raise UserError(f"--num-samples must be at least 1, but is {num_samples}")
-    for step in continue_all(model, [prompt] * num_samples, config, rows=num_samples, eot=eot, n_vocab=n_vocab):
+    if isinstance(prompt, Tensor) and prompt.dim() != 1:
+        raise UserError(f"the prompt has shape {tuple(prompt.shape)}; expected one row of ids, (T)")
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    for step in continue_all(model, [ids] * num_samples, config, rows=num_samples, eot=eot, n_vocab=n_vocab):
         new = {chosen.prompt: chosen.token for chosen in step if chosen.token is not None}
         if new:
             yield [new.get(n) for n in range(num_samples)]

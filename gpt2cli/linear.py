@@ -87,4 +87,4 @@ class Int8Linear(nn.Module):
         if len(rows) > FEW:
             return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).view(*x.shape[:-1], -1)  # (..., out), bf16
-        return y.to(x.dtype) if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).to(x.dtype)

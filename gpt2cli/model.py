@@ -203,6 +203,8 @@ class GPT(nn.Module):
         from gpt2cli.formats import huggingface
         from gpt2cli.tokenizer import Encoding
 
+        if "head" in vars(self):
+            raise UserError("this model was prepared for generating, which changed its layers: save it before that")
         encoding = Encoding.gpt2()
         fits = encoding.n_vocab == self.config.vocab_size
         Path(folder).mkdir(parents=True, exist_ok=True)

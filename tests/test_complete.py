@@ -101,7 +101,7 @@ def test_lines_are_written_in_order_as_soon_as_they_can_be():
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ('{"prompt": "a"}\n\n[1]\n', "line 3: expected an object with a text"),
         ('{"text": "a"}', "line 1: expected"),
-        ('{"prompt": ""}', "line 1: expected"),
+        ('{"prompt": ""}', "line 1: the prompt is empty"),
         ("[" * 100_000, "line 1 is not JSON"),
         ("\n", "has no prompts"),
     ],

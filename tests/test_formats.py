@@ -464,6 +464,13 @@ def test_what_is_no_model_is_told_what_it_is(tmp_path, gpt2, make, says):
     assert done.code == 1 and says.replace("x.bin", str(tmp_path / "x.bin") if "no file" in says else "x.bin") in done.err
 
 
+def test_python_takes_names_and_tells_why_logits_were_not_compared(run_folder):
+    done = convert(str(run_folder), "model.bin", to="llmc")
+    assert done.program is None and done.not_compared == "it is no library that could be asked"
+    with pytest.raises(UserError, match=r"is a run, not a model: give one of the checkpoints"):
+        GPT.from_pretrained(run_folder)
+
+
 def test_a_part_of_a_folder_names_the_folder(tmp_path, gpt2):
     save(tmp_path / "a")
     done = gpt2("convert", "a/model.safetensors", "--out", "b")

@@ -258,6 +258,25 @@ def test_a_prompt_that_cannot_be_continued_is_refused(prompt, says):
         next(continue_all(make_model(), [PROMPT, prompt]))
 
 
+def test_a_prompt_can_be_a_tensor_of_one_row():
+    model, config = make_model(), SamplingConfig(max_new_tokens=4)
+    assert list(generate(model, torch.tensor([1, 2, 3]), config)) == list(generate(model, [1, 2, 3], config))
+    with pytest.raises(UserError, match=r"shape \(1, 3\); expected one row"):
+        next(generate(model, torch.tensor([[1, 2, 3]]), config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_layers_keep_the_type_of_what_they_are_given(dtype):
+    model = prepare(make_model(n_embd=64).to(dtype), "int8")
+    assert model.hidden(torch.tensor([[1, 2, 3]])).dtype == dtype
+
+
+def test_a_prepared_model_is_not_saved_as_if_it_were_one(tmp_path):
+    with pytest.raises(UserError, match="prepared for generating"):
+        prepare(make_model(), "int8").save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_would_reach_the_end_of_the_context_can_be_refused():
     config = SamplingConfig(max_new_tokens=30, overflow="error")
     with pytest.raises(UserError, match="30 more do not fit the context of 32"):

@@ -98,5 +98,7 @@ def _tell(result: Conversion) -> None:
     console.note(f"loss {result.loss_after:.5f}{before}, on {result.sample}")
     if result.program:
         console.note(f"logits within {result.logits_error:.1e} of those that {result.program} computes")
+    else:
+        console.note(f"logits were not compared with another program's: {result.not_compared}")
     model = "model.safetensors" if "model.safetensors" in result.files else next(iter(result.files))
     console.note(f"sha256 {result.files[model]}  {model}")

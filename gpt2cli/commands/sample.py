@@ -144,12 +144,14 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UserError("--prompt and --prompt-file both give the prompt: use one of them")
     try:
         if file is not None:
-            return file.read_bytes().decode("utf-8")
-        if prompt is None and not sys.stdin.isatty():
+            prompt = file.read_bytes().decode("utf-8")
+        elif prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file or 'standard input'} is not UTF-8: bad byte at offset {error.start}") from None
-    if not prompt:
+    if prompt is not None and not prompt:
+        raise UserError("the prompt is empty: give some text, or <|endoftext|> to start a document")
+    if prompt is None:
         raise UserError("there is no prompt: give --prompt TEXT, --prompt-file FILE or text on standard input")
     return prompt
 

@@ -22,11 +22,18 @@ def find(name: str, progress: Progress | None = None) -> Path:
     """A local folder as it is, or else the folder in HuggingFace's cache with the hub's model of that name, downloaded
     where it is not there yet; a download that broke off goes on where it stopped. Raises UserError for an unknown name, and
     for a network that is not there."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.endswith((".pt", ".bin", ".gguf", ".safetensors")) and not Path(name).exists():
+    path = Path(name)
+    if (path / "run.json").is_file():
+        raise UserError(f"{name} is a run, not a model: give one of the checkpoints in it, a folder step-...")
+    if path.is_dir():
+        return path
+    if path.is_file() and path.suffix in (".safetensors", ".json"):
+        raise UserError(f"{name} is one file of a model: give its folder")
+    if path.is_file():
+        raise UserError(f"{name} is a file, not a model folder: make one of it with 'gpt2 convert {name} --out FOLDER'")
+    if name.endswith((".pt", ".bin", ".gguf", ".safetensors")):
         raise UserError(f"there is no file {name}")
-    if Path(name).exists() or not _NAME.fullmatch(name):
+    if path.exists() or not _NAME.fullmatch(name):
         raise UserError(f"{name} is neither a model folder nor the name of a model on the hub, like gpt2 or owner/name")
     config = _download(name, "config.json", progress)
     if config is None:
