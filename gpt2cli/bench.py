@@ -194,7 +194,7 @@ def bench_train(
     model = GPT(model_config).to(where)
     if compile:
         model.compile()
-    optimizers = make_optimizers(model, optimizer, weight_decay=0.1)
+    optimizers = make_optimizers(model, optimizer, weight_decay=0.1, dtype=dtype)
     ids = torch.randint(model_config.vocab_size, (B, T + 1), device=where)
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     step = partial(

@@ -3,7 +3,7 @@
 runs/NAME/run.json           what was asked, what was decided, versions, data and its sha256
           metrics.jsonl      one object a line
           step-000500/       a HuggingFace model folder, and beside it for resuming
-              training.safetensors    optimizer state, random generators, the guard's memory
+              training.safetensors    optimizer state, the guard's memory
               training.json           step, data position, seconds, best loss
               evaluation.json         validation loss of this step; written after the rest, with its own sha256
               checkpoint.json         sha256 of every other file
@@ -12,10 +12,11 @@ runs/NAME/run.json           what was asked, what was decided, versions, data an
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from gpt2cli import __version__, atomic
 from gpt2cli.config import GPTConfig
+from gpt2cli.distributed import ALONE, Ranks, local_part
 from gpt2cli.errors import UserError
 from gpt2cli.formats import hub, huggingface
+from gpt2cli.formats.weights import shapes
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
@@ -68,21 +71,17 @@ class Snapshot:
     encoding: Encoding | None
 
 
-def snapshot(progress: Progress, model: GPT, optimizers: Optimizers, guard: Guard, encoding: Encoding | None) -> Snapshot:
-    training = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        training["rng.cuda"] = torch.cuda.get_rng_state()
-    training |= {f"guard.{key}": _copy(value) for key, value in guard.state_dict().items()}
+def snapshot(
+    progress: Progress, model: GPT, optimizers: Optimizers, guard: Guard, encoding: Encoding | None, ranks: Ranks = ALONE
+) -> Snapshot:
+    """Every rank calls it, since what is spread over them is gathered, a tensor at a time, on rank 0; the others' are void."""
+    training = {f"guard.{key}": ranks.copy(value) for key, value in guard.state_dict().items()}
     owner = _owners(optimizers)
     for name, parameter in model.named_parameters():
         for key, value in owner[parameter].state[parameter].items():
-            training[f"optimizer.{key}.{name}"] = _copy(value)
-    weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
+            training[f"optimizer.{key}.{name}"] = ranks.copy(value)
+    weights = {name: ranks.copy(tensor) for name, tensor in model.state_dict().items()}
     return Snapshot(replace(progress), model.config, weights, training, encoding)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _owners(optimizers: Optimizers) -> dict[Tensor, torch.optim.Optimizer]:
@@ -125,33 +124,56 @@ def prune(run: Path, step: int) -> None:
 # ==== reading ====
 
 
-def restore(folder: Path, model: GPT, optimizers: Optimizers, guard: Guard) -> Progress:
-    """Put the training state of a checked checkpoint back into `model`, `optimizers`, `guard` and torch's random
-    generators; returns how far it was."""
-    _, state = huggingface.read(folder)
+def restore(folder: Path, model: GPT, optimizers: Optimizers, guard: Guard, ranks: Ranks = ALONE) -> Progress:
+    """Put the training state of a checked checkpoint, which only rank 0 need see, back into `model`, `optimizers` and
+    `guard`; returns how far it was. Raises UserError where it is not all there."""
+    owner = _owners(optimizers)
+    slots = {}  # of training.safetensors
+    for name, parameter in model.named_parameters():
+        for short in getattr(owner[parameter], "state_names", ADAMW_STATE):
+            slots[f"optimizer.{short}.{name}"] = parameter, short
+    read = ranks.first(lambda: _read_training(folder, slots, model, guard))
+    progress = Progress(**json.loads(ranks.tell(lambda: json.dumps(asdict(read[0]) if read else {}))))
+    weights, tensors = read[1:] if read else (None, None)
+    for name, parameter in model.named_parameters():
+        ranks.fill(parameter, weights[name] if weights else None)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for key, (parameter, short) in slots.items() if progress.step else ():
+        value = local_part(parameter).new_zeros(()) if short == "step" else torch.zeros_like(parameter, requires_grad=False)
+        ranks.fill(value, tensors[key] if tensors else None)
+        owner[parameter].state[parameter][short] = value
+    state = guard.state_dict()
+    for name, value in state.items():
+        ranks.fill(value, tensors[f"guard.{name}"] if tensors else None)
+    return progress
+
+
+def _read_training(
+    folder: Path, slots: Mapping[str, tuple[Tensor, str]], model: GPT, guard: Guard
+) -> tuple[Progress, Mapping[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint holds, checked to fit."""
+    config, weights = huggingface.read(folder)
     values = atomic.read_json(folder / "training.json")
     try:
+        if shapes(config) != shapes(model.config):
+            raise TypeError(f"{folder / 'config.json'} describes another model than the run's")
         progress = Progress(**values)
         whole_numbers = progress.step, progress.position, progress.rollbacks, *progress.suspects
         if not all(isinstance(n, int) for n in whole_numbers) or not isinstance(progress.log, dict):
             raise TypeError("training.json is not one of ours")
         tensors = load_file(folder / "training.safetensors")
-        model.load_state_dict(state)
-        owner = _owners(optimizers)
-        for name, parameter in model.named_parameters():
-            for short in getattr(owner[parameter], "state_names", ADAMW_STATE) if progress.step else ():
-                key = f"optimizer.{short}.{name}"
-                value = tensors[key]
-                if value.shape not in (parameter.shape, torch.Size([])):
-                    raise RuntimeError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
-                owner[parameter].state[parameter][short] = value.to(parameter.device)
-        guard.load_state_dict({key.removeprefix("guard."): value for key, value in tensors.items() if key.startswith("guard.")})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        known = [progress.best_loss, evaluation(folder).get("val_loss")]
+        progress.best_loss = min((loss for loss in known if loss is not None), default=None)
+        expected = {f"guard.{name}": value.shape for name, value in guard.state_dict().items()}
+        for key, (parameter, short) in slots.items() if progress.step else ():
+            expected[key] = torch.Size([]) if short == "step" else parameter.shape
+        for key, shape in expected.items():
+            if tensors[key].shape != shape:
+                raise RuntimeError(f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}")
     except (SafetensorError, KeyError, RuntimeError, TypeError, OSError) as error:
         raise UserError(f"{folder} cannot be resumed from: {(str(error) or repr(error)).splitlines()[0]}") from None
-    return progress
+    return progress, weights, tensors
 
 
 # ==== finding ====

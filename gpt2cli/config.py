@@ -96,6 +96,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
     "compile": ("auto", "on", "off"),
+    "parallel": ("ddp", "fsdp"),
     "attention": ("auto", "flash", "cudnn", "efficient", "math"),
     "errors": ("strict", "replace"),
     "split": ("auto", "hashed", "tail"),
@@ -130,6 +131,8 @@ class TrainConfig:
     dtype: str = "auto"
     compile: str = "auto"
     attention: str = "auto"
+    parallel: str = "ddp"  # of several processes: the whole model in each (ddp), or a slice of every tensor (fsdp)
+    activation_checkpointing: bool = False  # compute the blocks' activations again in backward instead of keeping them
     # cadence, in steps; 0 means only at the end (never, for samples)
     log_every: int = 1
     eval_every: int = 50

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +74,13 @@ class DataLoaderLite:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """`x, y`, each (B, T) of int64."""
         first = self.position + self.rank * self.B
-        rows = np.stack([self.row(first + b) for b in range(self.B)])  # (B, T + 1)
         self.position += self.B * self.world_size
-        batch = torch.from_numpy(rows)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return self.batch(first, self.B)
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """`x, y` of `count` rows of the training from row `first`, each (count, T); moves nothing."""
+        rows = torch.from_numpy(np.stack([self.row(first + b) for b in range(count)]))  # (count, T + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def row(self, k: int) -> np.ndarray:
         """Row k of the training, (T + 1,)."""
@@ -103,6 +107,15 @@ class DataLoaderLite:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def micro_steps(rows: int, most: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """How a rank does its part of an update of `rows` rows, at most `most` at a time: (first row, how many), as often on
+    every rank. A rank that has none left for one has 0."""
+    first, after = rank * rows // world_size, (rank + 1) * rows // world_size
+    times = -(-rows // (world_size * most))
+    cuts = [first + (after - first) * n // times for n in range(times + 1)]
+    return [(cut, end - cut) for cut, end in pairwise(cuts)]
 
 
 def name_of(source: object) -> str:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 # first allocates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -98,6 +99,12 @@ def set_up(seed: int, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
     torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step on one rank, so that its dropout is a function of these three and there is no state to keep."""
+    (number,) = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(number))
 
 
 def keep_freed_memory() -> None:

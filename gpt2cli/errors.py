@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake the user can mend: says what was found, what was expected and what to run. Shown as one line, exit 1."""
 
 
+class Told(UserError):
+    """A mistake that another process of the same run shows: here only the exit status tells of it."""
+
+
 def size(count: float) -> str:
     """1536000 -> 1.5 MB"""
     for unit in ("bytes", "kB", "MB", "GB"):

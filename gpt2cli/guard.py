@@ -37,10 +37,5 @@ class Guard:
         return bad.float()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Its memory itself, to be read or filled."""
         return {"history": self.history, "good": self.good, "skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state_dict().items():
-            if state[name].shape != value.shape:
-                raise RuntimeError(f"guard.{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}")
-            setattr(self, name, state[name].to(value.device))

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
@@ -126,6 +127,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.checkpointing = False  # training computes a block's activations again in backward instead of keeping them
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if self.wte.weight.device.type != "meta":
@@ -165,7 +167,8 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)  # (T) or (B, 1)
         x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            keep = not (self.checkpointing and self.training)
+            x = block(x, cache) if keep else checkpoint(block, x, use_reentrant=False)
         if cache is not None:
             cache.advance(T)
         return self.ln_f(x)  # (B, T, C)

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from gpt2cli.config import CHOICES, TrainConfig
-from gpt2cli.device import has_bf16
+from gpt2cli.device import DTYPES, has_bf16
+from gpt2cli.distributed import ALONE, Ranks, gathered, local_part, part_of
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020, appendix B)
 
 
-def make_optimizers(model: GPT, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, name: str, weight_decay: float, dtype: str = "fp32", ranks: Ranks = ALONE
+) -> list[torch.optim.Optimizer]:
     """`adamw` for all parameters; or `muon` for the matrices inside the blocks, and AdamW for the rest. Matrices decay,
-    biases and LayerNorms do not. The learning rate is set at each step, see `planned_lr`."""
+    biases and LayerNorms do not. Muon multiplies in bf16 where `dtype`, that of the model's products, is bf16, and the device
+    has it. The learning rate is set at each step, see `planned_lr`."""
     if name not in CHOICES["optimizer"]:
         raise UserError(f"--optimizer {name} is unknown; expected {', '.join(CHOICES['optimizer'])}")
     hidden = {n: p for n, p in model.named_parameters() if name == "muon" and n.startswith("h.") and p.dim() == 2}
@@ -33,49 +37,78 @@ def make_optimizers(model: GPT, name: str, weight_decay: float) -> list[torch.op
         whole = [p for n, p in hidden.items() if not n.endswith("attn.c_attn.weight")]
         # q, k and v are three matrices that happen to be stored as one.
         muon_groups = [{"params": qkv, "parts": 3}, {"params": whole, "parts": 1}]
-        optimizers.append(Muon(muon_groups, weight_decay=weight_decay))
+        optimizers.append(Muon(muon_groups, ranks, dtype, weight_decay=weight_decay))
     return optimizers
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices (out, in). The update is scaled to the size AdamW's
     typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
-    both."""
+    both.
+
+    Several ranks share the work: of each `world_size` matrices of a shape every rank orthogonalizes one, and they exchange
+    the results. Only a whole matrix can be orthogonalized; where the ranks hold slices (FSDP), those of these few are
+    gathered for it, so that never more than `world_size` matrices are whole in a rank's memory.
+    """
 
     state_names = ("momentum",)  # what it keeps of a parameter
 
-    def __init__(self, params: Any, *, lr: float = 0.0, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self,
+        params: Any,
+        ranks: Ranks = ALONE,
+        dtype: str = "fp32",
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self.ranks = ranks
+        self.dtype = DTYPES[dtype if dtype != "fp16" else "fp32"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever given
         """One update; where `self.found_inf` is a tensor that is not 0, none, as torch's fused optimizers have it."""
-        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-                update = orthogonalize(update.unflatten(0, (group["parts"], -1)))  # (parts, out, in)
-                scale = 0.2 * math.sqrt(max(update.shape[1:]))
-                new = p.mul(1 - group["lr"] * group["weight_decay"])
-                new.add_(update.flatten(0, 1), alpha=-group["lr"] * scale)
-                for old, value in ((state["momentum"], momentum), (p, new)):
-                    old.copy_(value if skip is None else torch.where(skip > 0, old, value))
+            shapes = dict.fromkeys(p.shape for p in group["params"])
+            for same in ([p for p in group["params"] if p.shape == shape] for shape in shapes):
+                for start in range(0, len(same), self.ranks.world_size):
+                    self._update(same[start : start + self.ranks.world_size], group)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Of up to `world_size` matrices of one shape."""
+        skip = getattr(self, "found_inf", None)
+        momenta, mine = [], params[0]
+        for rank, p in enumerate(params):
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p, requires_grad=False)
+            assert p.grad is not None
+            momenta.append(state["momentum"].lerp(p.grad, 1 - group["momentum"]))
+            update = gathered(p.grad.lerp(momenta[-1], group["momentum"]))  # Nesterov; (out, in)
+            if rank <= self.ranks.rank:  # where there are fewer than ranks, the last ones do the same
+                mine = update
+        dtype = self.dtype if has_bf16(mine.device) else torch.float32
+        mine = orthogonalize(mine.unflatten(0, (group["parts"], -1)), dtype).flatten(0, 1)
+        for p, momentum, update in zip(params, momenta, self.ranks.gather(mine), strict=False):
+            scale = 0.2 * math.sqrt(max(p.shape[0] // group["parts"], p.shape[1]))
+            weight = local_part(p)
+            new = weight.mul(1 - group["lr"] * group["weight_decay"])
+            new.add_(part_of(update.to(p.dtype), p), alpha=-group["lr"] * scale)
+            for old, value in ((local_part(self.state[p]["momentum"]), local_part(momentum)), (weight, new)):
+                old.copy_(value if skip is None else torch.where(skip > 0, old, value))
 
 
-def orthogonalize(G: Tensor) -> Tensor:
+def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """About the nearest matrix with singular values of one, to each of (n, out, in): five Newton-Schulz steps with
-    Jordan's coefficients, which leave them between 0.7 and 1.2. In bf16 where the device has it in hardware."""
-    dtype = torch.bfloat16 if has_bf16(G.device) else torch.float32
+    Jordan's coefficients, which leave them between 0.7 and 1.2. It is computed and returned in `dtype`."""
     X = G.to(dtype) if G.shape[1] <= G.shape[2] else G.to(dtype).mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return (X if G.shape[1] <= G.shape[2] else X.mT).to(G.dtype)
+    return X if G.shape[1] <= G.shape[2] else X.mT
 
 
 def planned_lr(step: int, train: TrainConfig) -> float:

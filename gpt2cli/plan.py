@@ -17,6 +17,7 @@ import torch
 
 from gpt2cli import __version__, atomic, checkpoint, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
+from gpt2cli.data import micro_steps
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import hub, huggingface
 from gpt2cli.loss import CHUNK as loss_rows
@@ -44,6 +45,7 @@ class Plan:
     sessions: tuple[Any, ...] | None = None  # of a run that goes on: what `run.json` says of those before
     changed: Mapping[str, Any] = field(default_factory=dict)  # option -> [before, now]
     notes: tuple[str, ...] = ()
+    world_size: int = 1  # processes that share the work
 
     @property
     def device(self) -> torch.device:
@@ -78,8 +80,12 @@ class Plan:
         return checkpoint.step_of(self.resume_from) if self.resume_from else 0
 
     @property
-    def accumulation(self) -> int:  # micro-steps of an update
-        return self.train.tokens_per_step // (self.batch_size * self.seq_len)
+    def rows(self) -> int:  # of an update, on all ranks together
+        return self.train.tokens_per_step // self.seq_len
+
+    @property
+    def accumulation(self) -> int:  # micro-steps of an update, on each rank
+        return len(micro_steps(self.rows, self.batch_size, 0, self.world_size))
 
     @property
     def flops(self) -> int:  # of the model, for an update
@@ -87,15 +93,20 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes expected at the peak: weights, gradients and two moments in fp32, and the activations of a micro-step."""
+        """Bytes expected at the peak, in each process: weights, gradients and two moments in fp32 (FSDP: a slice of them,
+        and two blocks whole), and the activations of a micro-step."""
         C, V = self.model.n_embd, self.model.vocab_size
         width = 4 if self.train.dtype == "fp32" else 2
         layer = (12 * C + 2 * self.model.inner_size) * width
-        rows = self.batch_size * self.seq_len
+        rows = -(-self.rows // (self.world_size * self.accumulation)) * self.seq_len  # tokens of a micro-step
+        layers = 2 if self.train.activation_checkpointing else self.model.n_layer
+        kept = rows * self.model.n_layer * C * 4 if self.train.activation_checkpointing else 0
+        N = self.model.num_parameters()
+        whole = N // self.world_size + 2 * N // self.model.n_layer if self.train.parallel == "fsdp" else N
         loss = min(rows, loss_rows) * V * 8 + 2 * V * C * 4  # a chunk's logits and probabilities, parts of a gradient
         # Besides the interpreter with torch, a copy of weights and moments is in memory while it is written.
-        host = 350_000_000 + 12 * self.model.num_parameters() if self.train.device == "cpu" else 0
-        return host + 16 * self.model.num_parameters() + rows * self.model.n_layer * layer + loss
+        host = 350_000_000 + 12 * N if self.train.device == "cpu" else 0
+        return host + 16 * whole + rows * layers * layer + kept + loss
 
     @property
     def disk(self) -> int:
@@ -108,8 +119,7 @@ class Plan:
 
     def out_of_memory(self, step: int) -> str:
         """What to say when a step did not fit, with settings that will."""
-        rows = self.train.tokens_per_step // self.seq_len
-        B = next((b for b in range(self.batch_size // 2, 0, -1) if rows % b == 0), None)
+        B = next((b for b in range(self.batch_size // 2, 0, -1) if self.rows % b == 0), None)
         what = f"out of memory at step {step} with {self.batch_size} rows of {self.seq_len} tokens at a time"
         if B is None:
             return f"{what}: use a smaller --seq-len, --n-layer or --n-embd, in a new run"
@@ -125,6 +135,7 @@ class Plan:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "from_step": self.first_step,
             "changed": dict(self.changed),
+            "world_size": self.world_size,
             "made_with": provenance(self.device),
         }
         return {
@@ -171,6 +182,7 @@ def make_plan(
     init_from: str | None = None,
     out: Path | None = None,
     cache: Path | None = None,
+    world_size: int = 1,
     on_tokenize: Progress = lambda what, done, total: None,
     on_download: hub.Progress | None = None,
 ) -> Plan:
@@ -179,6 +191,7 @@ def make_plan(
 
     Raises UserError for anything that would stop the run later.
     """
+    check_parallel(train)
     out = out or checkpoint.free_name(Path("mixture" if isinstance(data, Mapping) else data or documents.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
@@ -215,11 +228,24 @@ def make_plan(
         init_from=str(start) if start else None,
         init_sha256=huggingface.weights_sha256(start) if start else None,
         asked=asked,
+        world_size=world_size,
     )
     return replace(plan, notes=tuple(notes + _check_room(plan)))
 
 
 # ==== the parts of a decision ====
+
+
+def check_parallel(train: TrainConfig) -> None:
+    """Raises UserError for what FSDP, where no process has the whole model, cannot do."""
+    if train.parallel != "fsdp":
+        return
+    if train.sample_every:
+        raise UserError(
+            "--parallel fsdp does not sample while it trains: leave out --sample-every (0), and sample from a checkpoint"
+        )
+    if train.dtype == "fp16":
+        raise UserError("--parallel fsdp does not scale gradients, as fp16 needs: use --dtype bf16 or fp32")
 
 
 def _decide_vocabulary(data: Given | None, train: TrainConfig, start: Path | None, notes: list[str]) -> Encoding:

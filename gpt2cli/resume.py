@@ -14,15 +14,15 @@ from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.optim import planned_lr
-from gpt2cli.plan import Plan, provenance
+from gpt2cli.plan import Plan, check_parallel, provenance
 from gpt2cli.shards import check
 from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
 
-# Options that may differ when a run is continued: they do not decide what is learned, but for rounding (batch_size, device).
+# Options that may differ when a run is continued: they do not decide what is learned, but for rounding.
 FREE = (
     "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "sample_prompt", "spike",
-    "max_rollbacks", "deterministic",
+    "max_rollbacks", "deterministic", "parallel", "activation_checkpointing",
 )  # fmt: skip
 
 
@@ -39,20 +39,20 @@ class Record:
     sessions: tuple[dict[str, Any], ...]
 
     @classmethod
-    def read(cls, out: Path) -> Record:
-        run = atomic.read_sealed(out / "run.json")
+    def read(cls, run: Mapping[str, Any], name: str) -> Record:
+        """Raises UserError for what is not the `run.json` of a run, or another of that `name`."""
         try:
             return cls(
                 data=sources.Record.read(run["data"]),
-                model=from_dict(GPTConfig, run["model"], f"{out / 'run.json'}"),
-                train=from_dict(TrainConfig, run["train"], f"{out / 'run.json'}"),
+                model=from_dict(GPTConfig, run["model"], name),
+                train=from_dict(TrainConfig, run["train"], name),
                 init_from=run["init_from"] and str(atomic.from_home(run["init_from"])),
                 init_sha256=run["init_sha256"],
                 asked=dict(run["asked"]),
                 sessions=tuple(dict(session) for session in run["sessions"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{out / 'run.json'} is not one of ours: {error!r}") from None
+            raise UserError(f"{name} is not one of ours: {error!r}") from None
 
 
 def resume_plan(
@@ -61,6 +61,7 @@ def resume_plan(
     *,
     data: sources.Given | None = None,
     cache: Path | None = None,
+    world_size: int = 1,
     on_skip: Callable[[str], None] = lambda message: None,
     on_tokenize: Progress = lambda what, done, total: None,
 ) -> Plan:
@@ -76,7 +77,7 @@ def resume_plan(
         out = found[0]
     if not (out / "run.json").is_file():
         raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
-    run = Record.read(out)
+    run = Record.read(atomic.read_sealed(out / "run.json"), str(out / "run.json"))
     train = _changed(out, changes, run)
     with atomic.lock(out):
         atomic.sweep(out)
@@ -111,7 +112,8 @@ def resume_plan(
         resume_from=start,
         sessions=run.sessions,
         changed=changed,
-        notes=tuple(_notes(out, start, changed, run, train)),
+        notes=tuple(_notes(out, start, changed, run, train, world_size)),
+        world_size=world_size,
     )
 
 
@@ -133,6 +135,7 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
             f"--batch-size {train.batch_size}: an update has {train.tokens_per_step // (train.seq_len or 1)} rows, "
             "which are not whole micro-steps of that many"
         )
+    check_parallel(train)
     return replace(train, device=device.pick_device(train.device).type)
 
 
@@ -154,7 +157,9 @@ def _intact(tokens: Path) -> bool:
     return tokens.is_dir()
 
 
-def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, train: TrainConfig) -> list[str]:
+def _notes(
+    out: Path, start: Path | None, changed: Mapping[str, Any], run: Record, train: TrainConfig, world_size: int
+) -> list[str]:
     """What is different from the session before; most of it makes the run equal only up to rounding."""
     notes = [] if start else [f"{out} has no whole checkpoint: starting from zero"]
     done = checkpoint.step_of(start) if start else 0
@@ -162,6 +167,9 @@ def _notes(out: Path, start: Path | None, changed: Mapping[str, Any], run: Recor
     notes += [f"{folder} is damaged and will be set aside as {checkpoint.aside(folder).name}" for folder in later]
     for name, (old, new) in changed.items():
         notes.append(f"{name} changed from {old!r} to {new!r}{_other_lr(done, run.train, train) if name == 'steps' else ''}")
+    ranks = run.sessions[-1].get("world_size", 1) if run.sessions else world_size
+    if ranks != world_size:
+        notes.append(f"it was trained by {ranks} processes and is by {world_size}: the same batches, equal up to rounding")
     had, has = run.sessions[-1].get("made_with") if run.sessions else None, provenance(torch.device(train.device))
     for name in ("torch", "device"):
         if isinstance(had, dict) and had.get(name) != has[name]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gpt2cli.distributed import ALONE, Ranks, accumulating, is_spread, local_part, put_away
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
 
@@ -18,7 +19,7 @@ Precision = Callable[[], AbstractContextManager[object]]
 
 
 def train_step(
-    model: GPT,
+    model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[Batch],
     *,
@@ -27,21 +28,28 @@ def train_step(
     precision: Precision = contextlib.nullcontext,
     scaler: torch.amp.GradScaler | None = None,
     guard: Guard | None = None,
+    shares: Sequence[float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """One update from the mean gradient of the micro-batches, which `guard` may refuse. Returns their mean loss and the
-    gradient's norm before clipping, as tensors on the device, so that nobody waits for them."""
+    """One update from the mean gradient of the micro-batches, which `guard` may refuse. `model` is a GPT, or what
+    `distributed.replicate` made of one; each rank has micro-batches of its own, and `shares` says which part of all ranks'
+    rows each of them is. Returns the mean loss and the gradient's norm before clipping, as tensors on the device, so that
+    nobody waits for them."""
     total = torch.zeros((), device=batches[0][0].device)
     scaler = scaler or torch.amp.GradScaler(total.device.type, enabled=False)
     guard = guard or Guard(total.device)
     model.train()
-    for x, y in batches:
-        with precision():
-            _, loss = model(x, y, loss_only=True)
-        scaler.scale(loss / len(batches)).backward()
-        total += loss.detach() / len(batches)
+    shares = shares or [1 / len(batches)] * len(batches)
+    for n, ((x, y), share) in enumerate(zip(batches, shares, strict=True)):
+        with accumulating(model, last=n == len(batches) - 1):
+            with precision():
+                _, loss = model(x, y, loss_only=True)
+            # Between the ranks gradients are averaged, where the share makes it a sum.
+            scaler.scale(loss * (share * ranks.world_size)).backward()
+        total += loss.detach() * share
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    total, grad_norm = clip(model.parameters(), grad_clip, total, ranks)
     skip = guard.judge(total, grad_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -54,16 +62,44 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(model: GPT, batches: Iterator[Batch], precision: Precision, byte_lengths: Tensor) -> tuple[float, float | None]:
+def clip(parameters: Iterable[Tensor], grad_clip: float, loss: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Scale the gradients down to a norm of at most `grad_clip`, as torch's `clip_grad_norm_` does. Returns the sum of the
+    ranks' `loss`, which travels with it, and the norm before."""
+    present = [p.grad for p in parameters if p.grad is not None]
+    grads = [local_part(grad) for grad in present]
+    # On a CPU the norm of 20 million numbers in one go is off by 1e-3: there each row's comes first.
+    rows = [torch.linalg.vector_norm(grad, dim=-1) for grad in grads] if loss.device.type == "cpu" else grads
+    squares = nn.utils.get_total_norm(rows).square() / (1 if is_spread(present[0]) else ranks.world_size)
+    loss, squares = ranks.sum(torch.stack([loss, squares]))
+    norm = squares.sqrt()
+    torch._foreach_mul_(grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    return loss, norm
+
+
+@torch.no_grad()
+def validate(
+    model: GPT, batches: Iterator[Batch], precision: Precision, byte_lengths: Tensor, ranks: Ranks = ALONE
+) -> tuple[float, float | None]:
     """Mean loss in nats a token, and bits per byte of the text the tokens stand for (V,) `byte_lengths` long;
-    None where they stand for none."""
+    None where they stand for none. The ranks take turns, and add up the same numbers in the same order as one would."""
     model.eval()
     where = model.wte.weight.device
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for x, y in batches:
-        with precision():
-            _, loss = model(x.to(where), y.to(where), loss_only=True)
-        nats += float(loss) * y.numel()
-        tokens += y.numel()
-        text_bytes += int(byte_lengths[y].sum())
+    rows = []  # nats, tokens and bytes of each batch
+    for n, (x, y) in enumerate(batches):
+        nats = 0.0
+        if n % ranks.world_size == ranks.rank:
+            nats = _nats(model, x.to(where), y.to(where), precision)
+        rows.append([nats, y.numel(), int(byte_lengths[y].sum())])
+    if 0 < len(rows) % ranks.world_size <= ranks.rank:
+        _nats(model, x.to(where), y.to(where), precision)  # where the model is spread, all are needed to run it
+    put_away(model)
+    found = torch.tensor(rows, dtype=torch.float64)
+    found[:, 0] = ranks.sum(found[:, 0])
+    nats, tokens, text_bytes = (sum(column) for column in found.T.tolist())
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
+
+
+def _nats(model: GPT, x: Tensor, y: Tensor, precision: Precision) -> float:
+    with precision():
+        _, loss = model(x, y, loss_only=True)
+    return float(loss) * y.numel()

@@ -24,7 +24,7 @@ STEPS = 6
 @dataclass(frozen=True)
 class Verdict:
     steps: int
-    tensors: int  # compared: weights, optimizer state, random generators
+    tensors: int  # compared: weights, optimizer state, the guard's memory
     different: tuple[str, ...]  # names of those that are not equal bit for bit
     largest_difference: float
 
@@ -67,7 +67,7 @@ def _train_to(plan: Plan, step: int) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, optimizer state, generators, and the numbers of `training.json` that are not about time."""
+    """Weights, optimizer state, the guard's memory, and the numbers of `training.json` that are not about time."""
     progress = atomic.read_json(folder / "training.json")
     numbers = [float(progress[name] or 0) for name in ("step", "position", "best_loss", "rollbacks")]
     tensors = load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")

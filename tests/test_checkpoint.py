@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from gpt2cli import atomic, checkpoint
+from gpt2cli import atomic, checkpoint, device
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 
@@ -130,14 +130,10 @@ def test_training_state_that_is_not_ours_is_refused(run):
         Run(resume_plan(run, {}))
 
 
-def test_rng_tensors_are_in_the_checkpoint(run_folder):
-    from safetensors.torch import load_file
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    def mask(*which):
+        device.seed_step(*which)
+        return torch.rand(8).tolist()
 
-    tensors = load_file(run_folder / "step-000008" / "training.safetensors")
-    assert tensors["rng.cpu"].dtype == torch.uint8
-    assert {key.split(".")[1] for key in tensors if key.startswith("optimizer.")} == {
-        "exp_avg",
-        "exp_avg_sq",
-        "momentum",
-        "step",
-    }
+    assert mask(1, 2, 0) == mask(1, 2, 0)
+    assert len({tuple(mask(*which)) for which in ((1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (2, 1, 0))}) == 5

@@ -13,7 +13,7 @@ import typer
 from gpt2cli import __version__
 from gpt2cli.atomic import is_full
 from gpt2cli.commands import bench, convert, sample, tokenize, train
-from gpt2cli.errors import UserError
+from gpt2cli.errors import Told, UserError
 
 app = typer.Typer(
     name="gpt2",
@@ -47,11 +47,14 @@ def options(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status: 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 Ctrl-C."""
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="gpt2")
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        app(args=arguments, prog_name="gpt2", obj=arguments)
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # the reader of our output has gone, as in `gpt2 sample | head`
             return 0
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Told:
+        return 1
     except UserError as error:
         return complain(str(error))
     except RuntimeError as error:

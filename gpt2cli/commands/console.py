@@ -28,8 +28,15 @@ LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def speak_for(rank: int) -> None:
+    """Of several processes only the first speaks; the others have nothing to say but their own errors."""
+    stderr.quiet = rank > 0
+
+
 def error(message: str) -> None:
+    quiet, stderr.quiet = stderr.quiet, False
     stderr.print(Text(f"error: {message}", style="bold red"))
+    stderr.quiet = quiet
 
 
 def note(message: str) -> None:
@@ -105,6 +112,7 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
         ("steps", f"{plan.steps:,} of {train.tokens_per_step:,} tokens ({plan.accumulation} x {plan.batch_size} rows of "
                   f"{plan.seq_len}), {plan.steps * train.tokens_per_step / plan.train_tokens:.2f} epochs"
                   + (f"; goes on after step {plan.first_step:,}, from {plan.resume_from}" if plan.resume_from else "")),
+        *([("ranks", f"{plan.world_size}, {train.parallel}")] if plan.world_size > 1 else []),
         ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
         ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import os
 import signal
-import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpt2cli.atomic import from_home, read_json
+from gpt2cli.commands import launch
+from gpt2cli.commands.settings import overridden, read_config, read_mixture, source_of
+from gpt2cli.commands.stop import StopRequest
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig, TrainConfig
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
+    from gpt2cli.commands.console import Bars
+    from gpt2cli.distributed import Ranks
     from gpt2cli.model import GPT
     from gpt2cli.plan import Plan
 
@@ -77,6 +77,15 @@ def command(
     dtype: Annotated[str, option(MACHINE, "Of matrix products.", metavar=choice("dtype"))] = TRAIN.dtype,
     compile: Annotated[str, option(MACHINE, "torch.compile; auto: on CUDA.", metavar=choice("compile"))] = TRAIN.compile,
     attention: Annotated[str, option(MACHINE, "SDPA kernel.", metavar=choice("attention"))] = TRAIN.attention,
+    parallel: Annotated[
+        str, option(MACHINE, "Several processes: the whole model in each, or a slice.", metavar=choice("parallel"))
+    ] = TRAIN.parallel,
+    activation_checkpointing: Annotated[
+        bool, option(MACHINE, "Less memory, a third more work.", "--activation-checkpointing")
+    ] = TRAIN.activation_checkpointing,
+    nproc: Annotated[
+        int | None, option(MACHINE, "Processes to start on this machine; see also torchrun.", min=1, show_default="1")
+    ] = None,
     log_every: Annotated[int, option(CADENCE, "Steps between lines of metrics.jsonl.")] = TRAIN.log_every,
     eval_every: Annotated[int, option(CADENCE, "Steps between evaluations; 0: only at the end.")] = TRAIN.eval_every,
     eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
@@ -126,15 +135,22 @@ def command(
 
     Prints the run folder's path. Its checkpoints are HuggingFace model folders; Ctrl-C saves one before it stops.
     """
+    if nproc is not None:
+        raise typer.Exit(launch.start(nproc, context.obj))
     stop = StopRequest(max_minutes)
-    plan = decide(context)
-    if verify_resume and not dry_run:
-        prove(plan)
-    else:
-        carry_out(plan, stop, dry_run)
+    from gpt2cli.commands import console
+    from gpt2cli.distributed import joined
+    from gpt2cli.together import plan_together
+
+    with joined() as ranks:
+        console.speak_for(ranks.rank)
+        with console.Bars() as bars:
+            plan = plan_together(ranks, lambda: decide(context, ranks, bars), cache=cache_dir, on_tokenize=bars.tokenized)
+        status = prove(plan) if verify_resume and not dry_run else carry_out(plan, stop, dry_run, ranks)
+    raise typer.Exit(status)
 
 
-def decide(context: typer.Context) -> Plan:
+def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
     """The plan that the command line and its settings file ask for."""
     from gpt2cli.commands import console
     from gpt2cli.plan import make_plan
@@ -149,27 +165,35 @@ def decide(context: typer.Context) -> Plan:
         data = read_mixture(values["mixture"])
     if values["init_from"] and source_of(context, "preset") == "COMMANDLINE":
         raise UserError("--preset and --init-from both say what the model is: give one of them")
-    with console.Bars() as bars:
-        if values["resume"] and not (out and not (out / "run.json").exists()):
-            changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
-            return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized)
-        if values["resume"] and data is None:  # more likely a slip of the pen than a wish for Shakespeare
-            raise UserError(f"{out} holds no run: give INPUT to start one there{runs_near(out)}")
-        if values["resume"]:
-            console.note(f"{out} holds no run yet: starting from zero")
-        if data is None:
-            console.note("no INPUT: training on the embedded works of Shakespeare")
-        plan = make_plan(
-            data,
-            {name: given[name] for name in SHAPE_FIELDS if name in given},
-            TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
-            preset=values["preset"],
-            init_from=values["init_from"],
-            out=out,
-            cache=cache,
-            on_tokenize=bars.tokenized,
-            on_download=bars.downloaded,
-        )
+    if ranks.world_size > 1 and values["verify_resume"]:
+        raise UserError("--verify-resume is for one process")
+    if values["parallel"] == "fsdp" and "RANK" not in os.environ:
+        raise UserError("--parallel fsdp is for several processes: add --nproc N, or start it with torchrun")
+    if launch.restarts() and out is None:
+        raise UserError("torchrun --max-restarts needs --out, to find the run again that it goes on with")
+    resume = values["resume"] or (launch.restarts() and (out / "run.json").exists())
+    world = {"world_size": ranks.world_size}
+    if resume and not (out and not (out / "run.json").exists()):
+        changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
+        return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized, **world)
+    if resume and data is None:  # more likely a slip of the pen than a wish for Shakespeare
+        raise UserError(f"{out} holds no run: give INPUT to start one there{runs_near(out)}")
+    if resume:
+        console.note(f"{out} holds no run yet: starting from zero")
+    if data is None:
+        console.note("no INPUT: training on the embedded works of Shakespeare")
+    plan = make_plan(
+        data,
+        {name: given[name] for name in SHAPE_FIELDS if name in given},
+        TrainConfig(**{name: value for name, value in values.items() if name in vars(TRAIN)}),
+        preset=values["preset"],
+        init_from=values["init_from"],
+        out=out,
+        cache=cache,
+        on_tokenize=bars.tokenized,
+        on_download=bars.downloaded,
+        **world,
+    )
     of_file = "DEFAULT_MAP" in (source_of(context, "data"), source_of(context, "mixture"))
     if of_file and context.meta.get("data_sha256", plan.data_sha256) != plan.data_sha256:
         console.note(f"{values['config']}: its data has changed since that run")
@@ -184,101 +208,38 @@ def runs_near(out: Path) -> str:
     return f", or name one of: {', '.join([*there][:5])}" if there else ""
 
 
-def source_of(context: typer.Context, name: str) -> str:
-    source = context.get_parameter_source(name)
-    return source.name if source is not None else "DEFAULT"
-
-
-def overridden(context: typer.Context) -> set[str]:
-    """Settings of a file that the command line replaces by another name: --epochs the file's steps, and so on."""
-    shape = ("n_layer", "n_head", "n_embd", "block_size")
-    by = {"epochs": ("steps",), "steps": ("epochs",), "lr": ("min_lr",), "preset": shape}
-    by |= {"data": ("mixture",), "mixture": ("data",)}
-    said = [name for name in by if source_of(context, name) == "COMMANDLINE"]
-    return {other for name in said for other in by[name] if source_of(context, other) == "DEFAULT_MAP"}
-
-
-def read_mixture(options: Sequence[str]) -> dict[str, float]:
-    """["a=0.7", "b=0.3"] -> {"a": 0.7, "b": 0.3}; a path may hold a = itself."""
-    mixture: dict[str, float] = {}
-    for option in options:
-        path, _, weight = option.rpartition("=")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not path or not math.isfinite(value):
-            raise UserError(f"--data {option}: expected a path and its weight, such as --data {path or option}=0.5")
-        if path in mixture:
-            raise UserError(f"--data {path} is given twice")
-        mixture[path] = value
-    return mixture
-
-
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the settings of a file the defaults of this command line."""
-    if path is None:
-        return None
-    options = {parameter.name for parameter in context.command.params} - {"config", "resume", "dry_run", "out", "verify_resume"}
-    options -= {"data", "mixture"}  # a file calls them input and data
-    if path.suffix == ".toml":
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--config {path}: {error}") from None
-        values = {name.replace("-", "_"): value for name, value in values.items()}
-        unknown = sorted(set(values) - options - {"input", "data"})
-        if unknown:
-            raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
-        if "data" in values and "input" in values:
-            raise UserError(f"--config {path}: input and data both say what to train on: give one of them")
-        data = values.pop("data", values.pop("input", None))
-    else:
-        run = read_json(path)  # not its seal: here it is a settings file, which people edit
-        try:
-            start = run["init_from"] and str(from_home(run["init_from"]))
-            context.meta["data_sha256"] = run["data"].get("sha256")
-            values, data = run["model"] | run["train"] | {"init_from": start}, run["data"]["given"]
-            data = {str(from_home(p)): w for p, w in data.items()} if isinstance(data, dict) else str(from_home(data))
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
-    context.default_map = {name: value for name, value in values.items() if name in options and value is not None}
-    if data is not None:
-        mixture = [f"{p}={w}" for p, w in data.items()] if isinstance(data, dict) else data
-        if not isinstance(mixture, str | list):
-            raise UserError(f"--config {path}: data is {data!r}; expected a table of paths and weights")
-        context.default_map["data" if isinstance(mixture, str) else "mixture"] = mixture
-    return path
-
-
-def carry_out(plan: Plan, stop: StopRequest, dry_run: bool) -> None:
+def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks) -> int:
+    """Returns the exit status."""
     from gpt2cli import device
     from gpt2cli.commands import console
     from gpt2cli.train import train
 
+    ranks.connect(plan.device)
     sample = sampler(plan)
-    rate = device.matmul_rate(plan.device, plan.train.dtype)
+    rate = device.matmul_rate(plan.device, plan.train.dtype) * ranks.world_size
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
-        return
+        return 0
     with console.TrainDisplay(plan, rate) as display, stop:
         last = None
-        for last in train(plan, should_stop=stop.asked, sample=sample):
+        for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
             with contextlib.suppress(OSError):  # a terminal that went away must not cost the run
                 display.show(last)
-    print(plan.out)
     step = last.step if last else plan.first_step
-    if step < plan.steps:
+    if ranks.is_first:
+        print(plan.out)
+    if ranks.any(step < plan.steps):
         done = f"after step {step:,}, which is saved" if step else "before the first step"
         console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}")
-        raise typer.Exit(128 + (stop.number or signal.SIGTERM))
+        return 128 + (stop.number or signal.SIGTERM)
     if last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
+    return 0
 
 
-def prove(plan: Plan) -> None:
-    """Tell whether a run on this plan can be resumed exactly."""
+def prove(plan: Plan) -> int:
+    """Tell whether a run on this plan can be resumed exactly; returns the exit status."""
     from gpt2cli.commands import console
     from gpt2cli.verify import verify_resume
 
@@ -290,45 +251,7 @@ def prove(plan: Plan) -> None:
             f"{verdict.largest_difference:.2g}, the first is {verdict.different[0]}; on CUDA add --deterministic"
         )
     console.note(f"proved: {verdict.steps} steps equal {half}, bit for bit in all {verdict.tensors} tensors")
-
-
-class StopRequest:
-    """The first Ctrl-C or SIGTERM (or a terminal that is closed, or the end of `max_minutes`) asks the loop to save and
-    stop; a second signal leaves at once, which is safe since checkpoints appear whole or not at all."""
-
-    def __init__(self, max_minutes: float | None) -> None:
-        self.number = 0  # of the signal
-        self.by = ""  # --max-minutes, where no signal came first
-        self._began = False
-        self._max_minutes = max_minutes
-        self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-
-    def __enter__(self) -> StopRequest:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
-            numbers.append(signal.SIGHUP)
-        self._before = [(number, signal.signal(number, self._ask)) for number in numbers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        from gpt2cli.commands import console
-
-        if self.number:
-            console.leave(128 + number)
-        self.number = number
-        with contextlib.suppress(OSError):
-            console.note("finishing this step, then saving; once more to leave at once")
-
-    def asked(self) -> bool:
-        """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
-        if self._began and not self.number and time.monotonic() >= self._end:
-            self.by = f" by --max-minutes {self._max_minutes:g}"
-        self._began = True
-        return bool(self.number or self.by)
+    return 0
 
 
 def sampler(plan: Plan) -> Any:

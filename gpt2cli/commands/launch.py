@@ -1,0 +1,95 @@
+"""`--nproc`: this command again in several processes of this machine, told in their environment what torchrun tells its own.
+
+Unlike torchrun it ends with their exit status, gives a signal's save all the time it needs, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from gpt2cli.commands import console
+from gpt2cli.errors import UserError
+
+GRACE = 5.0  # seconds to leave in, when another process failed
+
+
+def start(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `gpt2 ARGUMENTS` in `nproc` processes; returns the exit status of the first that fails, else 0. Where one fails
+    the others are ended; a signal is passed on to all."""
+    if "RANK" in os.environ:
+        raise UserError("--nproc starts the processes itself: leave it out under torchrun")
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    common = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    command = [sys.executable, "-m", "gpt2cli", *_without_nproc(arguments)]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [(number, signal.signal(number, pass_on)) for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    try:
+        for rank in range(nproc):
+            environment = os.environ | {key: str(value) for key, value in common.items()}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # In sessions of their own, so that a terminal's Ctrl-C reaches them once, through us.
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes):
+            return 0
+        if any(codes):
+            break
+        time.sleep(0.05)
+    end = time.monotonic() + GRACE  # for those that lost it to say so, or that save after a signal to be done
+    while None in (codes := [process.poll() for process in processes]) and (time.monotonic() < end or _stopped(codes)):
+        time.sleep(0.05)
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            console.error(f"rank {rank} was killed by {signal.Signals(-code).name}: go on with --resume --out RUN")
+            return 128 - code
+    return next(code for code in codes if code)
+
+
+def _stopped(codes: Sequence[int | None]) -> bool:
+    """Whether those that ended did so because of a signal, after which the others save."""
+    return all(code is None or code >= 128 for code in codes)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _without_nproc(arguments: Sequence[str]) -> list[str]:
+    """["train", "--nproc", "2", "a.txt"] -> ["train", "a.txt"]"""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
+            kept.append(argument)
+        skip = argument == "--nproc"
+    return kept
+
+
+def restarts() -> bool:
+    """Whether torchrun starts the processes again when one fails."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0

@@ -1,0 +1,51 @@
+"""What stops a run early: signals, and a limit of time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class StopRequest:
+    """The first Ctrl-C or SIGTERM (or a terminal that is closed, or the end of `max_minutes`) asks the loop to save and
+    stop; a second signal leaves at once, which is safe since checkpoints appear whole or not at all."""
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.number = 0  # of the signal
+        self.by = ""  # --max-minutes, where no signal came first
+        self._began = False
+        self._max_minutes = max_minutes
+        self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+
+    def __enter__(self) -> StopRequest:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = [(number, signal.signal(number, self._ask)) for number in numbers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        from gpt2cli.commands import console
+
+        if self.number:
+            console.leave(128 + number)
+        self.number = number
+        with contextlib.suppress(OSError):
+            console.note("finishing this step, then saving; once more to leave at once")
+
+    def asked(self) -> bool:
+        """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
+        if self._began and not self.number and time.monotonic() >= self._end:
+            self.by = f" by --max-minutes {self._max_minutes:g}"
+        self._began = True
+        return bool(self.number or self.by)
