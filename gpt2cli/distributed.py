@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,14 +33,21 @@ LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "ti
 class Ranks:
     """The processes of a run, seen from one of them. `ALONE` is a run of one process, where nothing is communicated."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+    def __init__(self, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if store else 0  # among those of this machine
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if store else 1
         self._store = store
         self._count = 0  # of messages, which names them
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_group(self) -> bool:
+        """Whether torchrun, or `--nproc`, started this process, if only this one."""
+        return self._store is not None
 
     @property
     def where(self) -> str:
@@ -83,21 +91,27 @@ class Ranks:
     def agree(self, make: Callable[[], T]) -> T:
         """What each rank makes for itself. Where some fail, rank 0 raises a UserError that names them all, and the others
         Told."""
-        if self.world_size == 1:
-            return make()
-        self._count += 1
-        store, keys = self._the_store(), [f"gpt2cli/{self._count}/{rank}" for rank in range(self.world_size)]
         made: list[T] = []
+        error = ""
         try:
             made.append(make())
-            store.set(keys[self.rank], "")
-        except UserError as error:
-            store.set(keys[self.rank], f"{self.where}: {error}")
-        _wait_for(store, keys)
-        errors = dict.fromkeys(filter(None, (store.get(key).decode() for key in keys)))
-        if errors:
+        except UserError as mistake:
+            if self.world_size == 1:
+                raise
+            error = f"{self.where}: {mistake}"
+        if errors := list(filter(None, self.collect(error))):
             raise (UserError if self.is_first else Told)("; ".join(errors))
         return made[0]
+
+    def collect(self, text: str) -> list[str]:
+        """The texts of all ranks, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        self._count += 1
+        store, keys = self._the_store(), [f"gpt2cli/{self._count}/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], text)
+        _wait_for(store, keys)
+        return [store.get(key).decode() for key in keys]
 
     def _the_store(self) -> dist.Store:
         assert self._store is not None
@@ -120,8 +134,8 @@ class Ranks:
     def leave(self) -> None:
         """At the end, when all have got there: a group that one leaves while another is still in it can crash that one."""
         if dist.is_initialized():
-            self.agree(lambda: None)
-            dist.barrier()
+            self.collect("")
+            self.any(False)
             dist.destroy_process_group()
 
     def any(self, flag: bool) -> bool:
@@ -205,14 +219,15 @@ def joined() -> Iterator[Ranks]:
         store, rank, world_size = next(iter(rendezvous("env://")))
     except (dist.DistError, ValueError) as error:
         raise UserError(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}") from None
-    ranks = Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), store)
+    ranks = Ranks(rank, world_size, store)
     try:
         yield ranks
         ranks.leave()
     except RuntimeError as error:
         if world_size == 1 or not is_lost(error):
             raise
-        message = f"{ranks.where} lost another rank, whose own error says why: {str(error).splitlines()[0][:200]}"
+        what = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0][:200]  # without places in C++
+        message = f"{ranks.where} lost another rank, whose own error says why ({what})"
         raise (UserError if ranks.is_first else Told)(message) from None
 
 
@@ -224,11 +239,12 @@ def is_lost(error: RuntimeError) -> bool:
 # ==== spreading a model ====
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], where: torch.device, dtype: str) -> None:
-    """FSDP2: from here on each rank holds a slice of every tensor of `model`, and gathers those of one of its `blocks` when
+def shard(model: nn.Module, parts: Iterable[nn.Module], where: torch.device, dtype: str) -> None:
+    """FSDP2: from here on each rank holds a slice of every tensor of `model`, and gathers those of one of its `parts` when
     that is run. A model that has no values yet is sharded, then made.
 
-    Between the ranks, the blocks' weights travel in the dtype of the matrix products; gradients are summed in fp32.
+    The weights of the parts travel in `dtype`, in which autocast multiplies them anyway, all others in fp32, in which the
+    gradients are summed: the numbers are those of one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -237,9 +253,9 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], where: torch.device, dt
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == "fp32" else device.DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)  # the embeddings and the last LayerNorm, which autocast keeps in fp32
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the rest
 
 
 def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:

@@ -1,4 +1,4 @@
-"""One update, and one evaluation: what training and its benchmark do to a model."""
+"""A model to train, one update, and one evaluation: what training and its benchmarks do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,39 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from gpt2cli.distributed import ALONE, Ranks, accumulating, is_spread, local_part, put_away
+from gpt2cli.config import GPTConfig
+from gpt2cli.distributed import ALONE, Ranks, accumulating, is_spread, local_part, put_away, replicate, shard
 from gpt2cli.guard import Guard
-from gpt2cli.model import GPT
+from gpt2cli.model import GPT, MLP, CausalSelfAttention
 
 Batch = tuple[Tensor, Tensor]  # x, y, each (B, T)
 Precision = Callable[[], AbstractContextManager[object]]
+
+
+def build(
+    config: GPTConfig,
+    where: torch.device,
+    *,
+    dtype: str,
+    parallel: str = "ddp",
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    ranks: Ranks = ALONE,
+) -> tuple[GPT, nn.Module]:
+    """A GPT on a device, its memory not filled yet, and what to call in training: that GPT, or DDP around it."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.checkpointing = activation_checkpointing
+    spread = parallel == "fsdp" and ranks.is_group
+    # What has the large matrices and nothing else; LayerNorms and embeddings stay with the whole.
+    parts = [part for part in model.modules() if isinstance(part, CausalSelfAttention | MLP)]
+    for part in parts if spread else [model]:
+        if compile:
+            part.compile()
+    if spread:
+        shard(model, parts, where, dtype)
+    model.to_empty(device=where)
+    return model, model if spread else replicate(model, ranks)
 
 
 def train_step(

@@ -19,7 +19,7 @@ import torch
 
 from gpt2cli import atomic, checkpoint, device
 from gpt2cli.data import DataLoaderLite, eval_batches, micro_steps
-from gpt2cli.distributed import ALONE, Ranks, replicate, shard
+from gpt2cli.distributed import ALONE, Ranks
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.guard import Guard
@@ -29,7 +29,7 @@ from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers, planned_lr
 from gpt2cli.plan import Plan
 from gpt2cli.sources import open_train, open_val
-from gpt2cli.step import train_step, validate
+from gpt2cli.step import build, train_step, validate
 
 LOOK_EVERY = 16  # steps between looks at the guard's verdicts, where nothing else waits for the device
 BAD_IN_A_ROW = 3  # updates refused one after the other: then it is the model that is bad, not the batch
@@ -106,21 +106,20 @@ class Run:
     def __init__(self, plan: Plan, ranks: Ranks = ALONE) -> None:
         self.plan, self.ranks = plan, ranks
         ranks.connect(plan.device)
-        with torch.device("meta"):
-            self.model = GPT(plan.model)
-        self.model.checkpointing = plan.train.activation_checkpointing
-        compiled, spread = plan.train.compile == "on", plan.train.parallel == "fsdp"
-        for part in self.model.h if spread else [self.model]:
-            if compiled:
-                part.compile()
-        if spread:
-            shard(self.model, self.model.h, plan.device, plan.train.dtype)
-        self.model.to_empty(device=plan.device)
-        self.engine = self.model if spread else replicate(self.model, ranks)
-        self.optimizers = make_optimizers(self.model, plan.train.optimizer, plan.train.weight_decay, plan.train.dtype, ranks)
-        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.train.dtype == "fp16")
+        train = plan.train
+        self.model, self.engine = build(
+            plan.model,
+            plan.device,
+            dtype=train.dtype,
+            compile=train.compile == "on",
+            parallel=train.parallel,
+            activation_checkpointing=train.activation_checkpointing,
+            ranks=ranks,
+        )
+        self.optimizers = make_optimizers(self.model, train.optimizer, train.weight_decay, train.dtype, ranks)
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=train.dtype == "fp16")
         data = open_train(plan.sources, plan.model.vocab_size)
-        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, data, seed=plan.train.seed)
+        self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, data, seed=train.seed)
         self.val_tokens = open_val(plan.sources, plan.model.vocab_size)
         # A model may know more ids than its tokenizer; they stand for no text.
         self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpt2cli.commands import launch
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig
 from gpt2cli.errors import UserError, size
+
+if TYPE_CHECKING:
+    from gpt2cli.bench_distributed import Scaling
 
 app = typer.Typer(help="Time attention kernels, training, sampling and tokenizing on this machine.", no_args_is_help=False)
 
@@ -204,11 +209,11 @@ def tokenize(
     facts = bench.machine(device.pick_device("cpu"))
     with bench.text_to_tokenize(text) as file:
         rows = bench.bench_tokenize(file, counts, repeats)
-        size = file.stat().st_size
+        count = file.stat().st_size
     if as_json:
-        return console.print_json(bench.as_json("tokenize", facts | {"bytes": size}, rows))
+        return console.print_json(bench.as_json("tokenize", facts | {"bytes": count}, rows))
     console.table(
-        f"Text to shards, {size / 1e6:,.1f} MB",
+        f"Text to shards, {count / 1e6:,.1f} MB",
         ("encoder", "workers", "seconds", "MB/s", "of tiktoken alone", "ids"),
         [
             (
@@ -223,6 +228,86 @@ def tokenize(
         ],
     )
     console.note(f"{facts['date']}, {facts['device']}, gpt2cli {facts['gpt2cli']}")
+
+
+@app.command()
+def distributed(
+    context: typer.Context,
+    nproc: Annotated[
+        int | None, typer.Option(help="Processes to start on this machine; without it those of torchrun.", min=2)
+    ] = None,
+    preset: Preset = "seed",
+    parallel: Annotated[str, typer.Option(help="As for gpt2 train.", metavar="|".join(CHOICES["parallel"]))] = "ddp",
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, of all ranks together.", min=1)] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Most rows of a micro-step.", min=1)] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
+    repeats: Annotated[int, typer.Option(help="Turns; the median is shown.", min=1)] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time several processes: the sums between them, the training step against one process's, and each rank's part."""
+    config = replace(model_config(preset), block_size=max(seq_len, model_config(preset).block_size))
+    if parallel not in CHOICES["parallel"]:
+        raise UserError(f"--parallel {parallel} is unknown; expected {', '.join(CHOICES['parallel'])}")
+    if nproc is not None:
+        raise typer.Exit(launch.start(nproc, context.obj))
+
+    from gpt2cli import bench_distributed
+    from gpt2cli.commands import console
+    from gpt2cli.distributed import joined
+
+    with joined() as ranks:
+        console.speak_for(ranks.rank)
+        if ranks.world_size == 1:
+            raise UserError("one process has nobody to talk to: add --nproc N, or start it with torchrun")
+        where, kind, facts = decide(device, dtype)
+        found = bench_distributed.bench_distributed(
+            config,
+            where,
+            kind,
+            ranks=ranks,
+            parallel=parallel,
+            tokens=tokens_per_step,
+            B=batch_size,
+            T=seq_len,
+            repeats=repeats,
+        )
+    if ranks.is_first and as_json:
+        console.print_json({"bench": "distributed", **facts, **asdict(found)})
+    elif ranks.is_first:
+        show_scaling(found, facts)
+
+
+def show_scaling(found: Scaling, facts: dict[str, Any]) -> None:
+    from gpt2cli.commands import console
+
+    console.table(
+        f"Summing over {found.world_size} ranks",
+        ("bytes", "ms", "GB/s over each link"),
+        [(size(row.bytes), f"{row.seconds * 1e3:,.1f}", f"{row.bandwidth / 1e9:.2f}") for row in found.reduces],
+    )
+    console.table(
+        f"A step of {found.tokens:,} tokens, {found.parallel}",
+        ("who", "ms a step", "tokens/s", "of one process"),
+        [
+            ("one process", f"{found.alone * 1e3:,.0f}", f"{found.tokens / found.alone:,.0f}", "1.00x"),
+            ("all ranks", f"{found.together * 1e3:,.0f}", f"{found.tokens / found.together:,.0f}", f"{found.speedup:.2f}x"),
+            *(
+                (row.where + ", its part", f"{row.seconds * 1e3:,.0f}", "", f"{row.behind:.2f}x the median")
+                for row in found.ranks
+            ),
+        ],
+    )
+    slow = max(found.ranks, key=lambda row: row.seconds)
+    if slow.behind > 1.1:
+        console.note(f"{slow.where} is behind: its part takes {slow.behind:.2f} times the median rank's, and all wait for it")
+    waits = max(0.0, found.together - found.own)
+    console.note(
+        f"gradients are {size(found.gradient_bytes)} a step; beside the slowest rank's own part a step takes "
+        f"{waits * 1e3:,.0f} ms ({waits / found.together:.0%})"
+    )
+    show_conditions(facts)
 
 
 def numbers(option: str, text: str) -> list[int]:

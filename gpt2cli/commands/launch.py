@@ -64,7 +64,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            console.error(f"rank {rank} was killed by {signal.Signals(-code).name}: go on with --resume --out RUN")
+            name = signal.Signals(-code).name
+            console.error(f"rank {rank} was killed by {name}: go on from the run's last checkpoint with --resume")
             return 128 - code
     return next(code for code in codes if code)
 

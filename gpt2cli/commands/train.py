@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,7 +166,7 @@ def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
         raise UserError("--preset and --init-from both say what the model is: give one of them")
     if ranks.world_size > 1 and values["verify_resume"]:
         raise UserError("--verify-resume is for one process")
-    if values["parallel"] == "fsdp" and "RANK" not in os.environ:
+    if given.get("parallel") == "fsdp" and source_of(context, "parallel") == "COMMANDLINE" and not ranks.is_group:
         raise UserError("--parallel fsdp is for several processes: add --nproc N, or start it with torchrun")
     if launch.restarts() and out is None:
         raise UserError("torchrun --max-restarts needs --out, to find the run again that it goes on with")
