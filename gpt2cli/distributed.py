@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -253,6 +254,8 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], where: torch.device, dty
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == "fp32" else device.DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # It warns of operations that change a part's result in place, which there are none of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # the rest

@@ -14,7 +14,7 @@ ROOMS = [
     "vocabulary", "corpus", "device", "distributed", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "plan", "resume", "together", "step", "train", "verify",
     "cache", "sampling", "generate", "identify", "prove", "convert", "linear", "complete",
-    "peers", "bench", "bench_generate", "commands",
+    "peers", "bench", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
     "config": "",
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "plan": "atomic checkpoint config data device documents formats loss sources survey tokenizer",
     "resume": "atomic checkpoint config device documents formats metrics optim plan shards sources survey tokenizer",
     "together": "device distributed plan resume shards sources survey tokenizer",
-    "step": "distributed guard model",
+    "step": "config distributed guard model",
     "train": "atomic checkpoint data device distributed formats guard keeper metrics model optim plan sources step",
     "verify": "atomic checkpoint plan resume train",
     "cache": "config",
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "convert": "atomic config formats identify prove",
     "peers": "formats model tokenizer",
     "bench": "config corpus device documents model optim shards step survey tokenizer",
+    "bench_distributed": "bench config data device distributed model optim step",
     "bench_generate": "bench config device generate linear model peers prove tokenizer",
 }
 LIBRARIES = {
@@ -136,6 +137,7 @@ def test_the_options_in_the_readme_exist(gpt2):
         "bench train",
         "bench sample",
         "bench tokenize",
+        "bench distributed",
     ):
         known = gpt2(*command.split(), "--help").out
         for line in re.findall(rf"^gpt2 {command}\b.*$", readme, re.MULTILINE):
