@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -73,7 +74,7 @@ class Ranks:
         if self.world_size == 1:
             return make()
         self._count += 1
-        key = f"gpt2cli/{self._count}"
+        key = f"words/{self._count}"
         store = self._the_store()
         if not self.is_first:
             _wait_for(store, [key])
@@ -83,7 +84,7 @@ class Ranks:
             return answer[1:]
         try:
             text = make()
-        except UserError as error:
+        except Exception as error:
             store.set(key, f"-{error}")
             raise
         store.set(key, f"+{text}")
@@ -96,8 +97,11 @@ class Ranks:
         error = ""
         try:
             made.append(make())
-        except UserError as mistake:
+        except Exception as mistake:
             if self.world_size == 1:
+                raise
+            if not isinstance(mistake, UserError | OSError):
+                self.collect(f"{self.where}: {mistake!r}")
                 raise
             error = f"{self.where}: {mistake}"
         if errors := list(filter(None, self.collect(error))):
@@ -109,7 +113,7 @@ class Ranks:
         if self.world_size == 1:
             return [text]
         self._count += 1
-        store, keys = self._the_store(), [f"gpt2cli/{self._count}/{rank}" for rank in range(self.world_size)]
+        store, keys = self._the_store(), [f"words/{self._count}/{rank}" for rank in range(self.world_size)]
         store.set(keys[self.rank], text)
         _wait_for(store, keys)
         return [store.get(key).decode() for key in keys]
@@ -124,20 +128,25 @@ class Ranks:
         """Let the ranks compute together on these devices: NCCL between GPUs, gloo between CPUs."""
         if self._store is None or dist.is_initialized():
             return
+        if where.type == "mps" and self.world_size > 1:
+            raise UserError("--device mps: several processes train together on CUDA or on CPUs")
         if where.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"{self.where}: this machine has {torch.cuda.device_count()} GPUs: start one process for each")
             torch.cuda.set_device(self.local_rank)
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        store = dist.PrefixStore("gpt2cli/group", self._store)
+        store = dist.PrefixStore("group", self._store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
 
     def leave(self) -> None:
-        """At the end, when all have got there: a group that one leaves while another is still in it can crash that one."""
+        """At the end, when all have got there."""
         if dist.is_initialized():
             self.collect("")
             self.any(False)
             dist.destroy_process_group()
+            # Gloo's threads let go of Python's objects a moment after the last sum; one that does so while the interpreter
+            # shuts down aborts the process (seen in 1 of 8, torch 2.13).
+            time.sleep(0.2)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for one of the ranks. On the CPU, so that no GPU is waited for."""
@@ -220,7 +229,7 @@ def joined() -> Iterator[Ranks]:
         store, rank, world_size = next(iter(rendezvous("env://")))
     except (dist.DistError, ValueError) as error:
         raise UserError(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}") from None
-    ranks = Ranks(rank, world_size, store)
+    ranks = Ranks(rank, world_size, _fresh(store, rank, world_size))
     try:
         yield ranks
         ranks.leave()
@@ -230,6 +239,27 @@ def joined() -> Iterator[Ranks]:
         what = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0][:200]  # without places in C++
         message = f"{ranks.where} lost another rank, whose own error says why ({what})"
         raise (UserError if ranks.is_first else Told)(message) from None
+
+
+def _fresh(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store that only the processes now living know: torchrun's outlives the ranks that it starts again, and
+    holds what those before them said. Each asks with a word of its own, which nobody before has answered."""
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"gpt2cli/ask/{rank}", word)
+        _wait_for(store, [answer := f"gpt2cli/answer/{word}"])
+        name = store.get(answer).decode()
+        store.set(f"{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name = f"gpt2cli/{uuid.uuid4().hex}"
+    left = set(range(1, world_size))
+    while left:
+        for other in sorted(left):
+            if store.check([f"gpt2cli/ask/{other}"]):
+                store.set(f"gpt2cli/answer/{store.get(f'gpt2cli/ask/{other}').decode()}", name)
+        left = {other for other in left if not store.check([f"{name}/{other}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import device, sources
+from gpt2cli import atomic, device, sources
 from gpt2cli.distributed import Ranks
 from gpt2cli.errors import UserError
 from gpt2cli.plan import Plan
@@ -46,7 +46,7 @@ def _to_json(plan: Plan) -> dict[str, Any]:
         "out": str(plan.out),
         "resume_from": str(plan.resume_from) if plan.resume_from else None,
         "world_size": plan.world_size,
-        "shards": {str(path): path.stat().st_size for path in shards},
+        "shards": {atomic.to_home(path): path.stat().st_size for path in shards},
     }
 
 
@@ -74,11 +74,12 @@ def _find_sources(
     run: Record, shards: Mapping[str, int], encoding: Encoding, cache: Path | None, on_tokenize: Progress
 ) -> tuple[sources.Source, ...]:
     """The same tokens as rank 0's: where they are there, or else made of the text."""
-    lacks = next((path for path, size in shards.items() if not Path(path).is_file() or Path(path).stat().st_size != size), None)
+    expected = {atomic.from_home(path): size for path, size in shards.items()}
+    lacks = next((path for path, size in expected.items() if not path.is_file() or path.stat().st_size != size), None)
     if lacks is None:
         found = sources.make_sources(run.data.given, run.data.tokens)
     else:
-        what = "is missing here" if not Path(lacks).is_file() else f"is not of the {shards[lacks]:,} bytes that rank 0 has"
+        what = "is missing here" if not lacks.is_file() else f"is not of the {expected[lacks]:,} bytes that rank 0 has"
         try:
             found = sources.find_sources(run.data.given, run.train, encoding, cache, on_tokenize)
         except UserError as error:

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "sources": "atomic config corpus data documents shards survey tokenizer",
     "plan": "atomic checkpoint config data device documents formats loss sources survey tokenizer",
     "resume": "atomic checkpoint config device documents formats metrics optim plan shards sources survey tokenizer",
-    "together": "device distributed plan resume shards sources survey tokenizer",
+    "together": "atomic device distributed plan resume shards sources survey tokenizer",
     "step": "config distributed guard model",
     "train": "atomic checkpoint data device distributed formats guard keeper metrics model optim plan sources step",
     "verify": "atomic checkpoint plan resume train",
