@@ -61,6 +61,7 @@ def bench_distributed(
     B: int,
     T: int,
     repeats: int,
+    compile: bool = False,
 ) -> Scaling:
     """The real step in three ways, in turn: by all ranks together, each rank's part by itself, and all of it by the first
     alone while the others wait. On random ids, with AdamW."""
@@ -69,7 +70,9 @@ def bench_distributed(
     rows = max(1, tokens // T)
     precision = partial(device.precision, where, dtype)
     plain = GPT(config).to(where)
-    model, engine = build(config, where, dtype=dtype, parallel=parallel, ranks=ranks)
+    if compile:
+        plain.compile()
+    model, engine = build(config, where, dtype=dtype, parallel=parallel, compile=compile, ranks=ranks)
     state = plain.state_dict()
     for name, parameter in model.named_parameters():
         ranks.fill(parameter, state[name])

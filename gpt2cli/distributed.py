@@ -58,8 +58,7 @@ class Ranks:
     # ==== words, before there is anything to compute with; nobody is hurried ====
 
     def first(self, make: Callable[[], T]) -> T | None:
-        """What rank 0 makes, for itself; the others wait until it is done. Where it fails rank 0 raises its UserError, and
-        the others Told."""
+        """What rank 0 makes, for itself; the others wait until it is done, or raise Told where it fails."""
         made: list[T] = []
 
         def attempt() -> str:
@@ -78,16 +77,9 @@ class Ranks:
         store = self._the_store()
         if not self.is_first:
             _wait_for(store, [key])
-            answer = store.get(key).decode()
-            if answer.startswith("-"):
-                raise Told(answer[1:])
-            return answer[1:]
-        try:
-            text = make()
-        except Exception as error:
-            store.set(key, f"-{error}")
-            raise
-        store.set(key, f"+{text}")
+            return store.get(key).decode()
+        text = make()
+        store.set(key, text)
         return text
 
     def agree(self, make: Callable[[], T]) -> T:
@@ -97,11 +89,8 @@ class Ranks:
         error = ""
         try:
             made.append(make())
-        except Exception as mistake:
+        except (UserError, OSError) as mistake:
             if self.world_size == 1:
-                raise
-            if not isinstance(mistake, UserError | OSError):
-                self.collect(f"{self.where}: {mistake!r}")
                 raise
             error = f"{self.where}: {mistake}"
         if errors := list(filter(None, self.collect(error))):
@@ -124,8 +113,9 @@ class Ranks:
 
     # ==== numbers ====
 
-    def connect(self, where: torch.device) -> None:
-        """Let the ranks compute together on these devices: NCCL between GPUs, gloo between CPUs."""
+    def connect(self, where: torch.device, spread: bool = False) -> None:
+        """Let the ranks compute together on these devices: NCCL between GPUs, gloo between CPUs. One rank alone needs that only
+        where its model is to be `spread`; gloo's thread wakes a hundred times a second, which the others' work feels."""
         if self._store is None or dist.is_initialized():
             return
         if where.type == "mps" and self.world_size > 1:
@@ -134,6 +124,8 @@ class Ranks:
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"{self.where}: this machine has {torch.cuda.device_count()} GPUs: start one process for each")
             torch.cuda.set_device(self.local_rank)
+        if self.world_size == 1 and not spread:
+            return
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         store = dist.PrefixStore("group", self._store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
@@ -144,9 +136,6 @@ class Ranks:
             self.collect("")
             self.any(False)
             dist.destroy_process_group()
-            # Gloo's threads let go of Python's objects a moment after the last sum; one that does so while the interpreter
-            # shuts down aborts the process (seen in 1 of 8, torch 2.13).
-            time.sleep(0.2)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for one of the ranks. On the CPU, so that no GPU is waited for."""
@@ -157,9 +146,8 @@ class Ranks:
         return bool(flags.item())
 
     def sum(self, values: Tensor) -> Tensor:
-        """The ranks' tensors, added up; the same bits on all of them."""
+        """The ranks' tensors, added up in place; the same bits on all of them."""
         if self.world_size > 1:
-            values = values.clone()
             dist.all_reduce(values)
         return values
 
@@ -199,14 +187,17 @@ class Ranks:
 
             assert isinstance(whole, DTensor)
             whole = whole.full_tensor()
-            if not self.is_first:
-                return whole.new_empty(0)
+        if not self.is_first:
+            return whole.new_empty(0)
         return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _wait_for(store: dist.Store, keys: list[str]) -> None:
-    """Until they are there, however long a large text takes to tokenize. Not with `Store.wait`, which no signal ends."""
+    """Until they are there, however long a large text takes to tokenize, or a checkpoint to be written; raises Told where a
+    rank has gone. Not with `Store.wait`, which no signal ends."""
     while not store.check(keys):
+        if store.check(["gone"]):
+            raise Told(store.get("gone").decode())
         time.sleep(0.02)
 
 
@@ -229,16 +220,24 @@ def joined() -> Iterator[Ranks]:
         store, rank, world_size = next(iter(rendezvous("env://")))
     except (dist.DistError, ValueError) as error:
         raise UserError(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}") from None
-    ranks = Ranks(rank, world_size, _fresh(store, rank, world_size))
     try:
+        ranks = Ranks(rank, world_size, store := _fresh(store, rank, world_size))
         yield ranks
         ranks.leave()
-    except RuntimeError as error:
-        if world_size == 1 or not is_lost(error):
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):
+            store.set("gone", f"rank {rank}")
+        if world_size == 1 or not isinstance(error, RuntimeError) or not is_lost(error):
             raise
+        ranks = Ranks(rank, world_size, store)
         what = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0][:200]  # without places in C++
         message = f"{ranks.where} lost another rank, whose own error says why ({what})"
         raise (UserError if ranks.is_first else Told)(message) from None
+    finally:
+        if dist.is_available() and world_size > 1:
+            # Gloo's threads let go of Python's objects a moment after the last sum; one that does so while the interpreter
+            # shuts down aborts the process (seen in 1 of 8, torch 2.13).
+            time.sleep(0.2)
 
 
 def _fresh(store: dist.Store, rank: int, world_size: int) -> dist.Store:

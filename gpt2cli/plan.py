@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2cli import __version__, atomic, checkpoint, device, documents
+from gpt2cli import atomic, checkpoint, device, documents
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.data import micro_steps
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import hub, huggingface
 from gpt2cli.loss import CHUNK as loss_rows
+from gpt2cli.provenance import provenance
 from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
 from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
@@ -117,6 +115,10 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         return 12 * self.model.num_parameters()
 
+    @property
+    def nproc(self) -> str:  # what a command that goes on with the run needs
+        return f" --nproc {self.world_size}" if self.world_size > 1 else ""
+
     def out_of_memory(self, step: int) -> str:
         """What to say when a step did not fit, with settings that will."""
         B = next((b for b in range(self.batch_size // 2, 0, -1) if self.rows % b == 0), None)
@@ -126,7 +128,7 @@ class Plan:
         less = replace(self, train=replace(self.train, batch_size=B)).memory
         return (
             f"{what}, about {size(self.memory)}. --batch-size {B} needs about {size(less)} and learns the same: "
-            f"gpt2 train --resume --out {self.out} --batch-size {B}"
+            f"gpt2 train --resume --out {self.out} --batch-size {B}{self.nproc}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -147,30 +149,6 @@ class Plan:
             "train": asdict(self.train),
             "sessions": [*(self.sessions or ()), session],
         }
-
-
-def provenance(where: torch.device) -> dict[str, Any]:
-    """The programs and the machine that decide a run's bits."""
-    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    return {
-        "gpt2cli": __version__,
-        "commit": _commit(Path(__file__).parents[1]),
-        "python": platform.python_version(),
-        **packages,
-        "platform": platform.platform(),
-        "device": device.describe(where),
-    }
-
-
-def _commit(checkout: Path) -> str | None:
-    """The git commit this program runs from, with -dirty where files differ; None for an installed package."""
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def make_plan(

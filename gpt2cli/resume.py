@@ -14,7 +14,8 @@ from gpt2cli.config import GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.optim import planned_lr
-from gpt2cli.plan import Plan, check_parallel, provenance
+from gpt2cli.plan import Plan, check_parallel
+from gpt2cli.provenance import provenance
 from gpt2cli.shards import check
 from gpt2cli.survey import Progress
 from gpt2cli.tokenizer import Encoding
@@ -79,6 +80,8 @@ def resume_plan(
         raise UserError(f"{out} is not a run folder: it has no run.json; start one with 'gpt2 train --out {out}'")
     run = Record.read(atomic.read_sealed(out / "run.json"), str(out / "run.json"))
     train = _changed(out, changes, run)
+    if world_size > 1:
+        check_parallel(train)
     with atomic.lock(out):
         atomic.sweep(out)
         start = checkpoint.latest(out, on_skip)
@@ -135,7 +138,6 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
             f"--batch-size {train.batch_size}: an update has {train.tokens_per_step // (train.seq_len or 1)} rows, "
             "which are not whole micro-steps of that many"
         )
-    check_parallel(train)
     return replace(train, device=device.pick_device(train.device).type)
 
 

@@ -121,7 +121,7 @@ def validate(
         _nats(model, x.to(where), y.to(where), precision)  # where the model is spread, all are needed to run it
     put_away(model)
     found = torch.tensor(rows, dtype=torch.float64)
-    found[:, 0] = ranks.sum(found[:, 0])
+    found[:, 0] = ranks.sum(found[:, 0].clone())
     nats, tokens, text_bytes = (sum(column) for column in found.T.tolist())
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
 

@@ -55,6 +55,7 @@ def _follow(facts: Mapping[str, Any], cache: Path | None, on_tokenize: Progress)
     device.pick_device(run.train.device)
     encoding = sources.find_vocabulary(list(run.data.tokens.values())) or Encoding.gpt2()
     found = _find_sources(run, facts["shards"], encoding, cache, on_tokenize)
+    encoding = sources.find_vocabulary([source.tokens for source in found]) or encoding
     return Plan(
         out=Path(facts["out"]),
         sources=found,

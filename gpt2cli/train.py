@@ -79,6 +79,7 @@ def train(
             samples = sample(run.model) if sample and show and ranks.is_first else ()
             yield replace(measured, saved=saved, samples=samples, events=run.keeper.news(step))
         yield from run.finish()
+        ranks.collect("")  # that all of it is there; with no limit to how long the disk takes
 
 
 def is_due(step: int, every: int) -> bool:
@@ -105,7 +106,7 @@ class Run:
 
     def __init__(self, plan: Plan, ranks: Ranks = ALONE) -> None:
         self.plan, self.ranks = plan, ranks
-        ranks.connect(plan.device)
+        ranks.connect(plan.device, spread=plan.train.parallel == "fsdp")
         train = plan.train
         self.model, self.engine = build(
             plan.model,
@@ -122,8 +123,9 @@ class Run:
         self.loader = DataLoaderLite(plan.batch_size, plan.seq_len, data, seed=train.seed)
         self.val_tokens = open_val(plan.sources, plan.model.vocab_size)
         # A model may know more ids than its tokenizer; they stand for no text.
-        self.byte_lengths = torch.zeros(max(plan.model.vocab_size, plan.encoding.n_vocab), dtype=torch.long)
-        self.byte_lengths[: plan.encoding.n_vocab] = torch.from_numpy(plan.encoding.byte_lengths())
+        self.byte_lengths = torch.zeros(plan.model.vocab_size, dtype=torch.long)
+        known = torch.from_numpy(plan.encoding.byte_lengths())[: plan.model.vocab_size]
+        self.byte_lengths[: len(known)] = known
         ranks.fill(self.byte_lengths, self.byte_lengths)  # where tokens are at hand, another rank may lack the tokenizer
         self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
         self.owes_a_save = False  # one was due while updates were refused
@@ -297,7 +299,8 @@ class Run:
         self.owes_a_save = self.bad > 0
         if self.owes_a_save:
             return None
-        folder = self.keeper.save(self._snapshot())
+        state = self._snapshot()
+        folder = self.ranks.first(lambda: self.keeper.save(state))  # which may have to wait for the one before
         self.saved_step = self.progress.step
         self.progress.elapsed += time.perf_counter() - started
         return folder
@@ -312,7 +315,8 @@ class Run:
         measured, step = self._measured, self.progress.step
         if self._trained and not (measured and measured.step == step):
             measured = self.measure(log=False)
-        unsaved = self.ranks.any(self.saved_step != step or self.keeper.needs_save())
+        failed = self.ranks.first(self.keeper.needs_save)
+        unsaved = self.ranks.any(self.saved_step != step or bool(failed))
         state = self._snapshot(at_the_end=True) if unsaved else None
         for tries_left in reversed(range(LAST_TRIES)):
             saved = self.keeper.save(state) if state else None

@@ -114,9 +114,7 @@ def runs_of_one(tmp_path_factory, shakespeare):
     return folder
 
 
-@pytest.mark.parametrize(
-    "nproc, parallel, optimizer", [(2, "ddp", "muon"), (4, "ddp", "adamw"), (2, "fsdp", "muon")]
-)
+@pytest.mark.parametrize("nproc, parallel, optimizer", [(2, "ddp", "muon"), (4, "ddp", "adamw"), (2, "fsdp", "muon")])
 def test_any_number_of_ranks_trains_the_same_model(text_file, runs_of_one, nproc, parallel, optimizer):
     more = ["--steps", 50, "--eval-every", 25, "--optimizer", optimizer, "--nproc", nproc, "--parallel", parallel]
     out, err = run(*GPT2, *EXACT, *more, "--out", "run")

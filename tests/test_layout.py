@@ -12,7 +12,8 @@ HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "atomic", "tokenizer", "shards", "documents", "pieces", "look", "survey", "encode",
     "vocabulary", "corpus", "device", "distributed", "formats", "loss", "model", "data", "optim",
-    "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "plan", "resume", "together", "step", "train", "verify",
+    "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "plan", "resume",
+    "together", "step", "train", "verify",
     "cache", "sampling", "generate", "identify", "prove", "convert", "linear", "complete",
     "peers", "bench", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
@@ -41,8 +42,9 @@ MAY_IMPORT = {
     "writer": "atomic checkpoint metrics",
     "keeper": "atomic checkpoint metrics writer",
     "sources": "atomic config corpus data documents shards survey tokenizer",
-    "plan": "atomic checkpoint config data device documents formats loss sources survey tokenizer",
-    "resume": "atomic checkpoint config device documents formats metrics optim plan shards sources survey tokenizer",
+    "provenance": "device",
+    "plan": "atomic checkpoint config data device documents formats loss provenance sources survey tokenizer",
+    "resume": "atomic checkpoint config device documents formats metrics optim plan provenance shards sources survey tokenizer",
     "together": "atomic device distributed plan resume shards sources survey tokenizer",
     "step": "config distributed guard model",
     "train": "atomic checkpoint data device distributed formats guard keeper metrics model optim plan sources step",

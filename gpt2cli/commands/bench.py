@@ -242,6 +242,7 @@ def distributed(
     batch_size: Annotated[int, typer.Option(help="Most rows of a micro-step.", min=1)] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
     repeats: Annotated[int, typer.Option(help="Turns; the median is shown.", min=1)] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -255,12 +256,14 @@ def distributed(
 
     from gpt2cli import bench_distributed
     from gpt2cli.commands import console
+    from gpt2cli.device import pick_device
     from gpt2cli.distributed import joined
 
     with joined() as ranks:
         console.speak_for(ranks.rank)
         if ranks.world_size == 1:
             raise UserError("one process has nobody to talk to: add --nproc N, or start it with torchrun")
+        ranks.connect(pick_device(device))  # before anything is computed there
         where, kind, facts = decide(device, dtype)
         found = bench_distributed.bench_distributed(
             config,
@@ -272,6 +275,7 @@ def distributed(
             B=batch_size,
             T=seq_len,
             repeats=repeats,
+            compile=compile,
         )
     if ranks.is_first and as_json:
         console.print_json({"bench": "distributed", **facts, **asdict(found)})

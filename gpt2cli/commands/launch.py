@@ -5,6 +5,7 @@ Unlike torchrun it ends with their exit status, gives a signal's save all the ti
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from gpt2cli.commands import console
 from gpt2cli.errors import UserError
 
-GRACE = 5.0  # seconds to leave in, when another process failed
+GRACE = 5.0  # seconds that a rank has to leave in when another one failed
+GRACE_OF_FIRST = 60.0  # which may be writing a checkpoint
 
 
 def start(nproc: int, arguments: Sequence[str]) -> int:
@@ -29,8 +31,10 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
     command = [sys.executable, "-m", "gpt2cli", *_without_nproc(arguments)]
     processes: list[subprocess.Popen[bytes]] = []
+    signals: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        signals.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -43,36 +47,36 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # In sessions of their own, so that a terminal's Ctrl-C reaches them once, through us.
             processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        return _wait(processes)
+        return _wait(processes, signals)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
         for number, handler in before:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    while True:
-        codes = [process.poll() for process in processes]
-        if all(code == 0 for code in codes):
-            return 0
-        if any(codes):
-            break
+def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int:
+    """Until all have ended, or one has failed and the others had time to leave. After a signal they save, which takes what it
+    takes, but for a third one."""
+    ended: dict[int, int] = {}  # rank -> status, the first first
+    failed_at, ours = math.inf, set()  # those that were killed here
+    while len(ended) < len(processes):
         time.sleep(0.05)
-    end = time.monotonic() + GRACE  # for those that lost it to say so, or that save after a signal to be done
-    while None in (codes := [process.poll() for process in processes]) and (time.monotonic() < end or _stopped(codes)):
-        time.sleep(0.05)
-    for rank, code in enumerate(codes):
-        if code is not None and code < 0:
+        ended |= {n: code for n, process in enumerate(processes) if n not in ended and (code := process.poll()) is not None}
+        if any(code and (code < 128 or not signals) for code in ended.values()):
+            failed_at = min(failed_at, time.monotonic())
+        for rank in set(range(len(processes))) - set(ended):
+            if time.monotonic() > failed_at + (GRACE if rank else GRACE_OF_FIRST) or len(signals) > 2:
+                processes[rank].kill()
+                ours.add(rank)
+    failed = {rank: code for rank, code in ended.items() if code and rank not in ours}
+    for rank, code in failed.items():
+        if code < 0:
             name = signal.Signals(-code).name
-            console.error(f"rank {rank} was killed by {name}: go on from the run's last checkpoint with --resume")
+            console.error(f"rank {rank} was killed by {name}: go on from the last checkpoint with --resume")
             return 128 - code
-    return next(code for code in codes if code)
-
-
-def _stopped(codes: Sequence[int | None]) -> bool:
-    """Whether those that ended did so because of a signal, after which the others save."""
-    return all(code is None or code >= 128 for code in codes)
+    return next(iter(failed.values()), 128 + signals[-1] if ours and signals else 0)
 
 
 def _free_port() -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import FrameType
+
+SAME = 1.0  # seconds in which a rank counts a signal once: who signals all processes reaches it through its launcher, too
 
 
 class StopRequest:
@@ -19,6 +22,7 @@ class StopRequest:
     def __init__(self, max_minutes: float | None) -> None:
         self.number = 0  # of the signal
         self.by = ""  # --max-minutes, where no signal came first
+        self._asked_at = 0.0
         self._began = False
         self._max_minutes = max_minutes
         self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -37,9 +41,11 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         from gpt2cli.commands import console
 
+        if self.number and "RANK" in os.environ and time.monotonic() < self._asked_at + SAME:
+            return
         if self.number:
             console.leave(128 + number)
-        self.number = number
+        self.number, self._asked_at = number, time.monotonic()
         with contextlib.suppress(OSError):
             console.note("finishing this step, then saving; once more to leave at once")
 

@@ -229,7 +229,9 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks) -> int
         print(plan.out)
     if ranks.any(step < plan.steps):
         done = f"after step {step:,}, which is saved" if step else "before the first step"
-        console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}")
+        console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}{plan.nproc}")
+        if stop.by and launch.restarts():
+            return 0  # torchrun would start it again
         return 128 + (stop.number or signal.SIGTERM)
     if last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
