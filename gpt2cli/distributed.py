@@ -29,6 +29,7 @@ from gpt2cli.errors import Told, UserError
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)  # with a rank that does not answer within a step
+GONE = "gone"  # the word of the store that a rank leaves where it fails
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Socket", "NCCL", "recvValue failed")
 
 
@@ -196,8 +197,8 @@ def _wait_for(store: dist.Store, keys: list[str]) -> None:
     """Until they are there, however long a large text takes to tokenize, or a checkpoint to be written; raises Told where a
     rank has gone. Not with `Store.wait`, which no signal ends."""
     while not store.check(keys):
-        if store.check(["gone"]):
-            raise Told(store.get("gone").decode())
+        if store.check([GONE]):
+            raise Told(store.get(GONE).decode())
         time.sleep(0.02)
 
 
@@ -220,21 +221,23 @@ def joined() -> Iterator[Ranks]:
         store, rank, world_size = next(iter(rendezvous("env://")))
     except (dist.DistError, ValueError) as error:
         raise UserError(f"rank {os.environ['RANK']} cannot reach the others: {str(error).splitlines()[0]}") from None
+    ranks, fresh = Ranks(rank, world_size, store), None
     try:
-        ranks = Ranks(rank, world_size, store := _fresh(store, rank, world_size))
+        fresh = _fresh(store, rank, world_size)
+        ranks = Ranks(rank, world_size, fresh)
         yield ranks
         ranks.leave()
     except BaseException as error:
-        with contextlib.suppress(RuntimeError):
-            store.set("gone", f"rank {rank}")
+        if fresh is not None:
+            with contextlib.suppress(RuntimeError):
+                fresh.set(GONE, f"rank {rank}")
         if world_size == 1 or not isinstance(error, RuntimeError) or not is_lost(error):
             raise
-        ranks = Ranks(rank, world_size, store)
         what = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0][:200]  # without places in C++
         message = f"{ranks.where} lost another rank, whose own error says why ({what})"
         raise (UserError if ranks.is_first else Told)(message) from None
     finally:
-        if dist.is_available() and world_size > 1:
+        if world_size > 1:
             # Gloo's threads let go of Python's objects a moment after the last sum; one that does so while the interpreter
             # shuts down aborts the process (seen in 1 of 8, torch 2.13).
             time.sleep(0.2)
