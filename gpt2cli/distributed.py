@@ -182,12 +182,7 @@ class Ranks:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy in the host's memory, whole on rank 0; what a tensor is spread over is gathered for it, this tensor alone."""
-        whole = tensor.detach()
-        if is_spread(whole):
-            from torch.distributed.tensor import DTensor
-
-            assert isinstance(whole, DTensor)
-            whole = whole.full_tensor()
+        whole = gathered(tensor.detach())
         if not self.is_first:
             return whole.new_empty(0)
         return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)

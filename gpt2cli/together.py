@@ -77,6 +77,7 @@ def _find_sources(
     """The same tokens as rank 0's: where they are there, or else made of the text."""
     expected = {atomic.from_home(path): size for path, size in shards.items()}
     lacks = next((path for path, size in expected.items() if not path.is_file() or path.stat().st_size != size), None)
+    what = ""
     if lacks is None:
         found = sources.make_sources(run.data.given, run.data.tokens)
     else:
@@ -85,8 +86,7 @@ def _find_sources(
             found = sources.find_sources(run.data.given, run.train, encoding, cache, on_tokenize)
         except UserError as error:
             raise UserError(f"{lacks} {what}, and it cannot be made anew: {error}") from None
-        if sources.data_sha256(found) != run.data.sha256:
-            raise UserError(f"{lacks} {what}: copy it there, or share the folder")
     if sources.data_sha256(found) != run.data.sha256:
-        raise UserError(f"{' and '.join(run.data.given)} is not the data that rank 0 has: copy it there, or share the folder")
+        what = f"{lacks} {what}" if lacks else f"{' and '.join(run.data.given)} is not the data that rank 0 has"
+        raise UserError(f"{what}: copy it there, or share the folder")
     return found
