@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from gpt2cli.config import CHOICES, TrainConfig
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
+    from gpt2cli.corpus import Manifest
     from gpt2cli.tokenizer import Encoding
 
 DATA, VOCABULARY, MACHINE, LOOKING = "Data", "Vocabulary", "Machine", "Looking, without writing shards"
@@ -90,24 +92,8 @@ def command(
     if out is None:
         first = "stdin" if inputs[0] == "-" else paths[0].resolve().name.split(".")[0] or "text"
         out = Path(f"{first}-tokens")
-    try:
-        with console.Bars() as bars:
-            manifest = corpus.tokenize(
-                paths,
-                out,
-                encoding=encoding,
-                policy=policy,
-                train_vocab=train_vocab,
-                layout=to,
-                workers=workers,
-                shard_tokens=shard_tokens,
-                progress=bars.tokenized,
-            )
-    except (KeyboardInterrupt, SystemExit):
-        kept = out.with_name(f".{out.name}.partial")
-        done = f": the same command goes on where this one stopped; what is done is in {kept}" if kept.exists() else ""
-        console.note(f"interrupted{done}")
-        raise
+    how = {"encoding": encoding, "policy": policy, "train_vocab": train_vocab, "layout": to}
+    manifest = write_shards(paths, out, **how, workers=workers, shard_tokens=shard_tokens)
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens "
         f"({manifest.split}), made with {manifest.encoder}"
@@ -116,6 +102,21 @@ def command(
         console.print_json(asdict(manifest) | {"out": str(out)})
     else:
         print(out)
+
+
+def write_shards(paths: Sequence[Path], out: Path, **how: Any) -> Manifest:
+    """`corpus.tokenize`, with its progress shown; where it is interrupted it is said what becomes of the work."""
+    from gpt2cli import corpus
+    from gpt2cli.commands import console
+
+    try:
+        with console.Bars() as bars:
+            return corpus.tokenize(paths, out, **how, progress=bars.tokenized)
+    except (KeyboardInterrupt, SystemExit):
+        kept = out.with_name(f".{out.name}.partial")
+        done = f": the same command goes on where this one stopped; what is done is in {kept}" if kept.exists() else ""
+        console.note(f"interrupted{done}")
+        raise
 
 
 def find_encoding(path: Path | None) -> Encoding:
