@@ -1,5 +1,5 @@
-"""Times the product's own work: attention kernels, `train_step`, `tokenize`; `generate` is in bench_generate.py. Everything
-is run several times, in turn where things are compared, after one to warm up but for `tokenize`; the median is reported."""
+"""Times the product's own work: attention kernels and `tokenize`; the rest is in the files of its name. Everything is run
+several times, in turn where things are compared, after one to warm up but for `tokenize`; the median is reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +23,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from gpt2cli import __version__, device
-from gpt2cli.config import GPTConfig
 from gpt2cli.corpus import tokenize
 from gpt2cli.documents import EMBEDDED, opened, read
-from gpt2cli.model import GPT
-from gpt2cli.optim import make_optimizers
 from gpt2cli.shards import Tokens
-from gpt2cli.step import train_step
 from gpt2cli.survey import Policy
 from gpt2cli.tokenizer import Encoding
 
@@ -158,64 +154,6 @@ def _once(
 
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(float((a.double().cpu() - b).abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-# ==== the training step ====
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    parameters: int
-    B: int
-    T: int
-    seconds: float  # a step, median
-    spread: tuple[float, float]  # fastest and slowest
-    tokens_per_second: float
-    flops: float  # model FLOP/s
-    mfu: float  # of the measured matmul rate
-    memory_peak: int  # bytes of the process (of the device's allocator on CUDA)
-
-
-def bench_train(
-    model_config: GPTConfig,
-    where: torch.device,
-    dtype: str,
-    *,
-    B: int,
-    T: int,
-    repeats: int,
-    compile: bool,
-    optimizer: str,
-    roof: float,
-) -> TrainResult:
-    """The product's `train_step` with its optimizer and clipping, on random ids: B rows of T tokens, one micro-step."""
-    model_config = replace(model_config, block_size=max(T, model_config.block_size))
-    device.set_up(seed=0)
-    model = GPT(model_config).to(where)
-    if compile:
-        model.compile()
-    optimizers = make_optimizers(model, optimizer, weight_decay=0.1, dtype=dtype)
-    ids = torch.randint(model_config.vocab_size, (B, T + 1), device=where)
-    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    step = partial(
-        train_step, model, optimizers, [batch], lr=1e-4, grad_clip=1.0, precision=partial(device.precision, where, dtype)
-    )
-    for _ in range(2):
-        step()
-    times = [seconds_of(step, where) for _ in range(repeats)]
-    median = statistics.median(times)
-    flops = B * T * model_config.flops_per_token(T) / median
-    return TrainResult(
-        parameters=model_config.num_parameters(),
-        B=B,
-        T=T,
-        seconds=median,
-        spread=(min(times), max(times)),
-        tokens_per_second=B * T / median,
-        flops=flops,
-        mfu=flops / roof,
-        memory_peak=device.memory_peak(where),
-    )
 
 
 # ==== tokenizing ====

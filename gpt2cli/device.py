@@ -7,18 +7,17 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-
-# Large tensors in pages of 2 MB: fewer of them to look up, and the memory is read at more of its speed. Read when torch
-# first allocates.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt2cli import memory
 from gpt2cli.errors import UserError
+from gpt2cli.product import onednn, suits_onednn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = {
@@ -133,24 +132,12 @@ def describe(device: torch.device) -> str:
 
 def memory_total(device: torch.device) -> int:
     """Bytes of memory the device has; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory.total()
 
 
 def memory_peak(device: torch.device) -> int:
     """The most bytes this process held on the device so far (resident memory on a CPU); 0 where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -159,17 +146,20 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def matmul_rate(device: torch.device, dtype: str, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product, best of a few: the roof for MFU."""
+    """FLOP/s of a square matrix product, best of a few and of the libraries at hand: the roof for MFU."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    ways: list[Callable[..., torch.Tensor]] = [torch.mm, onednn] if suits_onednn(a, a) else [torch.mm]
     best, end = float("inf"), time.perf_counter() + seconds
-    torch.mm(a, a)
+    for multiply in ways:
+        multiply(a, a)
     synchronize(device)
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.mm(a, a)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        for multiply in ways:
+            start = time.perf_counter()
+            multiply(a, a)
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 

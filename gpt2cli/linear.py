@@ -6,6 +6,7 @@ rows is slower still; oneDNN's, with its weights in blocks, reads at all of it. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,11 @@ from torch import Tensor
 from gpt2cli import device
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
+from gpt2cli.product import has_onednn, onednn
+
+# Large tensors in pages of 2 MB: fewer of them to look up, and the memory is read at more of its speed. torch looks when it
+# first allocates. Training gains nothing by it, and would need a tenth more memory.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 FEW = 64  # rows up to which the int8 product is faster than one with fp32 weights made of them
 
@@ -51,11 +57,6 @@ def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None,
     return prepare(model.to(where, device.DTYPES[device.pick_dtype(dtype, where)]), quantize, rows)
 
 
-def has_onednn() -> bool:
-    """Whether this torch has oneDNN's linear operator, which its compiler uses, too."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 class PackedLinear(nn.Module):
     """`F.linear` through oneDNN, with a copy of the weight in the blocked layout that suits `rows` best."""
 
@@ -65,7 +66,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return onednn(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512  # rows; fewer add passes over the weight's gradient, more add memory
+from gpt2cli.product import onednn, suits_onednn
+
+
+def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
+    """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. Measured on a CPU (README, "Bench")."""
+    return 1024 // dtype.itemsize if device_type == "cpu" else 2048
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -31,22 +36,30 @@ class _FusedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)  # (N, C)
         grad_w: Tensor | None = None  # (V, C)
-        for start in range(0, len(x), CHUNK):
-            a = x[start : start + CHUNK].to(dtype)  # (n, C)
-            target = targets[start : start + CHUNK, None]  # (n, 1)
-            logits = a @ w.T  # (n, V)
+        fast = suits_onednn(x, w)
+        size = rows_at_once(x.device.type, dtype)
+        for start in range(0, len(x), size):
+            a = x[start : start + size].to(dtype)  # (n, C)
+            target = targets[start : start + size, None]  # (n, 1)
+            logits = onednn(a, w) if fast else a @ w.T  # (n, V)
             top = logits.amax(dim=1, keepdim=True).float()  # (n, 1)
-            p = logits.softmax(dim=1, dtype=torch.float32)  # (n, V)
+            expected = logits.gather(1, target).float()  # (n, 1)
+            p = probabilities(logits)  # (n, V), where the logits were if they are fp32
+            del logits
             # The log of the sum of exponentials, from the likeliest id's, since the target's probability may vanish.
             lse = top - p.amax(dim=1, keepdim=True).log()  # (n, 1)
-            total += (lse - logits.gather(1, target).float()).sum()
+            total += (lse - expected).sum()
             if need_grad:
-                del logits
                 p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
                 grad = p.to(dtype)  # of the logits, but for the mean's 1 / N
-                grad_x[start : start + CHUNK] = grad @ w
-                part = grad.T @ a
-                grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+                grad_x[start : start + size] = onednn(grad, w.t()) if fast else grad @ w
+                if grad_w is None:
+                    grad_w = (grad.T @ a).to(weight.dtype)
+                elif grad_w.dtype == dtype:
+                    grad_w.addmm_(grad.T, a)
+                else:
+                    grad_w += grad.T @ a
+            del p  # before the next one
         ctx.gradients = grad_x, grad_w
         return total / len(x)
 
@@ -56,3 +69,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.gradients = None
         scale = grad_outputs[0] / len(grad_x)
         return grad_x.mul_(scale), grad_w.mul_(scale), None, None, None
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of each row (n, V) in fp32, in place where the logits are that already."""
+    if logits.dtype != torch.float32 or torch.compiler.is_compiling():
+        return logits.softmax(dim=1, dtype=torch.float32)
+    return torch.softmax(logits, dim=1, out=logits)

@@ -3,7 +3,7 @@
     B  rows of a batch          C  n_embd, the width            nh  n_head
     T  tokens of a row          V  vocab_size                   hs  head size, C / nh
 
-The names are GPT-2's own. Linear weights are (out, in), as `nn.Linear` has them; OpenAI and HuggingFace keep them
+The names are GPT-2's own. `Linear` is `nn.Linear`, faster: its weights are (out, in), where OpenAI and HuggingFace keep them
 transposed, which `formats` takes care of.
 """
 
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.loss import linear_cross_entropy
+from gpt2cli.product import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -51,8 +52,8 @@ class Cache(Protocol):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
         self.n_head = config.n_head
@@ -86,8 +87,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.inner_size)
-        self.c_proj = nn.Linear(config.inner_size, config.n_embd)
+        self.c_fc = Linear(config.n_embd, config.inner_size)
+        self.c_proj = Linear(config.inner_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.activation = ACTIVATIONS[config.activation_function]
 
@@ -129,7 +130,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # training computes a block's activations again in backward instead of keeping them
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if self.wte.weight.device.type != "meta":
             self.init_weights()
 

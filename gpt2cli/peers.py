@@ -1,26 +1,33 @@
 """Other libraries at the same work, for `gpt2 bench --compare`: each continues the same prompt greedily by the same number
-of tokens, with the same weights. None of them is needed for anything else.
-
-Each works in a process of its own: in one process their thread pools slow each other down even while they wait.
-"""
+of tokens, with the same weights; or trains a model of the same shape. None of them is needed for anything else."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from gpt2cli import memory
+from gpt2cli.apart import Apart
+from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.formats import gguf, huggingface
 from gpt2cli.formats.weights import DTYPES, Contents
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    seconds: float
+    loss: float
+    memory: int  # bytes at the peak so far, of the device's allocator on CUDA, else beyond the interpreter with its imports
+
 
 Continue = Callable[[Sequence[int], int, int], list[int]]  # (prompt, rows, new tokens) -> the first row's new ids
 Make = Callable[[Path, torch.device, str, str | None], tuple[str, Continue]]  # from a model folder; its name, too
@@ -84,53 +91,50 @@ def llamacpp(folder: Path, where: torch.device, dtype: str, quantize: str | None
     return f"llama.cpp ({llama_cpp.__version__}) {kind.upper()}", run
 
 
+def hf_training(
+    config: GPTConfig, where: str, dtype: str, optimizer: str, B: int, T: int, compile: bool
+) -> tuple[str, Callable[[], TimedStep]]:
+    """A training step as people write it with transformers' GPT2LMHeadModel, on random ids: autocast where `dtype` is not fp32,
+    AdamW, clipping."""
+    if optimizer != "adamw":
+        raise UserError("--compare hf trains with AdamW: leave out --optimizer")
+    import transformers
+
+    before = memory.resident()
+    device = torch.device(where)
+    theirs = transformers.GPT2Config.from_dict(huggingface.config_to_json(config, torch.float32, eot=None))
+    model = transformers.GPT2LMHeadModel(theirs).train()
+    model.to(device)
+    if compile:
+        model.compile()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    torch.set_float32_matmul_precision("high")
+    ids = torch.randint(config.vocab_size, (B, T + 1), device=device, generator=torch.Generator(device).manual_seed(0))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step() -> TimedStep:
+        started = time.perf_counter()
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
+            loss = model(input_ids=x, labels=y, shift_labels=y).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        wait()
+        seconds = time.perf_counter() - started
+        held = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory.peak() - before
+        return TimedStep(seconds, float(loss.detach()), held)
+
+    return f"transformers {transformers.__version__}", step
+
+
 PEERS: dict[str, Make] = {"hf": hf, "ctranslate2": ctranslate2, "llamacpp": llamacpp}
 PACKAGES = {"hf": "transformers", "ctranslate2": "ctranslate2", "llamacpp": "llama-cpp-python and gguf"}
 
 
-class Peer:
-    """A library in its process; called like the `Continue` it runs. Raises UserError where it is not installed."""
-
-    def __init__(self, name: str, folder: Path, where: torch.device, dtype: str, quantize: str | None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (name, folder, str(where), dtype, quantize, torch.get_num_threads(), theirs)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self.title: str = self._answer()
-
-    def __call__(self, prompt: Sequence[int], rows: int, count: int) -> list[int]:
-        self._connection.send((list(prompt), rows, count))
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            fine, value = self._connection.recv()
-        except EOFError:
-            raise UserError("a library under comparison ended its process: see what it said above") from None
-        if not fine:
-            raise UserError(value)
-        return value
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join()
-
-
-def _serve(name: str, folder: Path, where: str, dtype: str, quantize: str | None, threads: int, connection: Connection) -> None:
-    torch.set_num_threads(threads)
-    try:
-        title, run = PEERS[name](folder, torch.device(where), dtype, quantize)
-        connection.send((True, title))
-        while True:
-            connection.send((True, run(*connection.recv())))
-    except ImportError:
-        connection.send((False, f"--compare {name} needs {PACKAGES[name]}: pip install {PACKAGES[name]}"))
-    except UserError as error:
-        connection.send((False, str(error)))
-    except (EOFError, OSError):  # the other end has what it wanted
-        return
+def missing(name: str) -> str:
+    return f"--compare {name} needs {PACKAGES[name]}: pip install {PACKAGES[name]}"
 
 
 @contextlib.contextmanager
@@ -146,7 +150,7 @@ def started(
         if names:
             huggingface.write(Path(scratch), model.config, model.state_dict(), Encoding.gpt2())
         for name in names:
-            peer = Peer(name, Path(scratch), where, dtype, quantize)
+            peer = Apart(PEERS[name], Path(scratch), where, dtype, quantize, missing=missing(name))
             stack.callback(peer.close)
             there[peer.title] = peer
         yield there

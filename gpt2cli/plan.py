@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, device, documents
+from gpt2cli import atomic, checkpoint, device, documents, memory
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.data import micro_steps
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import hub, huggingface
-from gpt2cli.loss import CHUNK as loss_rows
+from gpt2cli.loss import rows_at_once
 from gpt2cli.provenance import provenance
 from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
 from gpt2cli.survey import Progress
@@ -91,20 +91,15 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes expected at the peak, in each process: weights, gradients and two moments in fp32 (FSDP: a slice of them,
-        and two blocks whole), and the activations of a micro-step."""
-        C, V = self.model.n_embd, self.model.vocab_size
-        width = 4 if self.train.dtype == "fp32" else 2
-        layer = (12 * C + 2 * self.model.inner_size) * width
-        rows = -(-self.rows // (self.world_size * self.accumulation)) * self.seq_len  # tokens of a micro-step
-        layers = 2 if self.train.activation_checkpointing else self.model.n_layer
-        kept = rows * self.model.n_layer * C * 4 if self.train.activation_checkpointing else 0
-        N = self.model.num_parameters()
-        whole = N // self.world_size + 2 * N // self.model.n_layer if self.train.parallel == "fsdp" else N
-        loss = min(rows, loss_rows) * V * 8 + 2 * V * C * 4  # a chunk's logits and probabilities, parts of a gradient
-        # Besides the interpreter with torch, a copy of weights and moments is in memory while it is written.
-        host = 350_000_000 + 12 * N if self.train.device == "cpu" else 0
-        return host + 16 * whole + rows * layers * layer + kept + loss
+        """Bytes expected at the peak, in each process."""
+        return memory.of_training(
+            self.model,
+            self.train,
+            rows=-(-self.rows // (self.world_size * self.accumulation)),
+            loss_rows=rows_at_once(self.train.device, device.DTYPES[self.train.dtype]),
+            seq_len=self.seq_len,
+            world_size=self.world_size,
+        ).total
 
     @property
     def disk(self) -> int:

@@ -1,10 +1,15 @@
 import json
+import math
+import os
 
 import numpy as np
+import pytest
 import torch
 
-from gpt2cli import bench
+from gpt2cli import bench, bench_train, peers
+from gpt2cli.apart import Apart
 from gpt2cli.config import GPTConfig
+from gpt2cli.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -40,14 +45,63 @@ def test_a_wrong_kernel_would_show_in_the_error(monkeypatch):
     assert errors["flash"] > 0.4 and errors["explicit"] < 1e-5
 
 
-def test_the_training_bench_runs_the_products_step_and_its_arithmetic_holds(monkeypatch):
+def test_our_side_of_the_training_bench_is_the_products_step(monkeypatch):
     steps = []
-    monkeypatch.setattr(bench, "train_step", lambda *args, **kwargs: steps.append(kwargs))
-    monkeypatch.setattr(bench, "seconds_of", lambda work, where: (work(), 0.5)[1])
+    monkeypatch.setattr(bench_train, "train_step", lambda *args, **kwargs: (steps.append(kwargs), (torch.tensor(2.5), None))[1])
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, block_size=16)
-    row = bench.bench_train(config, CPU, "fp32", B=2, T=16, repeats=3, compile=False, optimizer="adamw", roof=1e9)
-    assert len(steps) == 5 and row.tokens_per_second == 64
-    assert row.flops == 64 * config.flops_per_token(16) and row.mfu == row.flops / 1e9
+    title, step = bench_train.our_training(config, "cpu", "fp32", "adamw", 2, 16, False)
+    timed = step()
+    assert title == "gpt2" and steps[0]["grad_clip"] == 1.0 and timed.loss == 2.5 and timed.seconds > 0 and timed.memory >= 0
+
+
+def test_training_is_timed_beside_transformers_in_processes_of_their_own(gpt2):
+    command = ["bench", "train", "--batch-size", 1, "--seq-len", 16, "--repeats", 2, "--device", "cpu", "--dtype", "fp32"]
+    result = json.loads(gpt2(*command, "--compare", "hf", "--json").out)
+    ours, theirs = result["rows"]
+    assert ours["who"] == "gpt2" and theirs["who"].startswith("transformers") and ours["of_ours"] == 1
+    assert ours["tokens_per_second"] == pytest.approx(16 / ours["seconds"])
+    assert ours["flops"] == pytest.approx(16 * GPTConfig(block_size=1024).flops_per_token(16) / ours["seconds"])
+    assert ours["mfu"] == pytest.approx(ours["flops"] / result["matmul_flops"])
+    for row in (ours, theirs):  # random weights know nothing; weights, gradients and two moments are in memory
+        assert row["loss"] == pytest.approx(math.log(50257), abs=0.2) and row["memory"] > 4 * 4 * result["parameters"]
+    assert "--compare vllm is unknown" in gpt2(*command, "--compare", "vllm").err
+    assert "trains with AdamW" in gpt2(*command, "--compare", "hf", "--optimizer", "muon").err
+
+
+def test_the_other_side_of_the_training_bench_computes_our_loss():
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, block_size=16)
+    _, step = peers.hf_training(config, "cpu", "fp32", "adamw", 2, 16, False)
+    losses = [step().loss for _ in range(30)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.1) and losses[-1] < losses[0]
+
+
+def test_work_apart_has_a_process_of_its_own_and_tells_its_errors(monkeypatch):
+    monkeypatch.setenv("PYTEST_PID", str(os.getpid()))
+    there = Apart(counter, 5)
+    assert there.title == "from 5" and there(2) == (7, False) and there(1) == (8, False)
+    with pytest.raises(UserError, match="enough"):
+        there(0)
+    there.close()
+    with pytest.raises(UserError, match="pip install nothing"):
+        Apart(broken, missing="pip install nothing")
+
+
+def counter(start):
+    total = start
+
+    def add(n):
+        nonlocal total
+        if not n:
+            raise UserError("enough")
+        total += n
+        return total, os.getpid() == int(os.environ["PYTEST_PID"])
+
+    return f"from {start}", add
+
+
+def broken():
+    import gpt2cli.nothing_of_this_name  # noqa: F401
 
 
 def test_bench_sample_times_generate(gpt2, run_folder):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
-from gpt2cli.loss import CHUNK, linear_cross_entropy
+from gpt2cli.loss import linear_cross_entropy, rows_at_once
 from gpt2cli.model import GPT
 
 from .conftest import make_model
@@ -101,8 +101,13 @@ def test_more_tokens_than_the_context_are_refused():
         make_model()(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("rows", [5, CHUNK, CHUNK + 1, 3 * CHUNK - 7])
-def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows):
+AT_ONCE = rows_at_once("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("large", [0, 1 << 40])
+@pytest.mark.parametrize("rows", [5, AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE - 7])
+def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows, large, monkeypatch):
+    monkeypatch.setattr("gpt2cli.product.LARGE", large)  # with and without oneDNN
     torch.manual_seed(0)
     x, weight, targets = torch.randn(rows, 24), torch.randn(300, 24), torch.randint(300, (rows,))
     fused_inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gpt2cli.commands import launch
-from gpt2cli.config import CHOICES, PRESETS, GPTConfig
-from gpt2cli.errors import UserError, size
-
-if TYPE_CHECKING:
-    from gpt2cli.bench_distributed import Scaling
+from gpt2cli.commands.bench_distributed import distributed
+from gpt2cli.commands.measure import Device, Dtype, Json, Preset, decide, model_config, numbers, show_conditions
+from gpt2cli.config import CHOICES
+from gpt2cli.errors import size
 
 app = typer.Typer(help="Time attention kernels, training, sampling and tokenizing on this machine.", no_args_is_help=False)
-
-Device = Annotated[str, typer.Option(help="Where to run.", metavar="|".join(CHOICES["device"]))]
-Dtype = Annotated[str, typer.Option(help="Of matrix products; auto: as train decides.", metavar="|".join(CHOICES["dtype"]))]
-Preset = Annotated[str, typer.Option(help="Size: " + ", ".join(PRESETS), metavar="NAME")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+app.command()(distributed)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +73,7 @@ def train(
     repeats: Annotated[int, typer.Option(help="Timed steps; the median is shown.", min=1)] = 7,
     optimizer: Annotated[str, typer.Option(help="Optimizer.", metavar="|".join(CHOICES["optimizer"]))] = "adamw",
     compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    compare: Annotated[str | None, typer.Option(help="Another library to run in turn.", metavar="hf")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -87,14 +81,15 @@ def train(
     """Time the real training step: forward, backward, clipping and optimizer."""
     config = model_config(preset)
 
-    from gpt2cli import bench
+    from gpt2cli import bench, bench_train
     from gpt2cli.commands import console
 
     where, kind, facts = decide(device, dtype)
-    row = bench.bench_train(
+    rows = bench_train.bench_train(
         config,
         where,
         kind,
+        compare=compare.split(",") if compare else (),
         B=batch_size,
         T=seq_len,
         repeats=repeats,
@@ -102,20 +97,24 @@ def train(
         optimizer=optimizer,
         roof=facts["matmul_flops"],
     )
+    facts |= {"parameters": config.num_parameters(), "B": batch_size, "T": seq_len, "optimizer": optimizer}
     if as_json:
-        return console.print_json(bench.as_json("train", facts, [row]))
+        return console.print_json(bench.as_json("train", facts, rows))
     console.table(
-        f"Training step, {preset}: {row.parameters:,} parameters",
-        ("rows x T", "ms a step", "tokens/s", "GFLOP/s", "of the matmul rate", "peak memory"),
+        f"Training step, {preset}: {facts['parameters']:,} parameters, {batch_size} rows of {seq_len} tokens, {optimizer}",
+        ("who", "ms a step", "tokens/s", "of ours", "GFLOP/s", "of the matmul rate", "peak memory", "of ours"),
         [
             (
-                f"{row.B} x {row.T}",
+                row.who,
                 f"{row.seconds * 1e3:,.0f} ({row.spread[0] * 1e3:,.0f} to {row.spread[1] * 1e3:,.0f})",
                 f"{row.tokens_per_second:,.0f}",
+                f"{row.of_ours:.2f}x",
                 f"{row.flops / 1e9:,.0f}",
                 f"{row.mfu:.0%}",
-                size(row.memory_peak),
+                size(row.memory),
+                f"{row.memory / rows[0].memory:.2f}x",
             )
+            for row in rows
         ],
     )
     show_conditions(facts)
@@ -228,121 +227,3 @@ def tokenize(
         ],
     )
     console.note(f"{facts['date']}, {facts['device']}, gpt2cli {facts['gpt2cli']}")
-
-
-@app.command()
-def distributed(
-    context: typer.Context,
-    nproc: Annotated[
-        int | None, typer.Option(help="Processes to start on this machine; without it those of torchrun.", min=2)
-    ] = None,
-    preset: Preset = "seed",
-    parallel: Annotated[str, typer.Option(help="As for gpt2 train.", metavar="|".join(CHOICES["parallel"]))] = "ddp",
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, of all ranks together.", min=1)] = 8192,
-    batch_size: Annotated[int, typer.Option(help="Most rows of a micro-step.", min=1)] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
-    repeats: Annotated[int, typer.Option(help="Turns; the median is shown.", min=1)] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Time several processes: the sums between them, the training step against one process's, and each rank's part."""
-    config = replace(model_config(preset), block_size=max(seq_len, model_config(preset).block_size))
-    if parallel not in CHOICES["parallel"]:
-        raise UserError(f"--parallel {parallel} is unknown; expected {', '.join(CHOICES['parallel'])}")
-    if nproc is not None:
-        raise typer.Exit(launch.start(nproc, context.obj))
-
-    from gpt2cli import bench_distributed
-    from gpt2cli.commands import console
-    from gpt2cli.device import pick_device
-    from gpt2cli.distributed import joined
-
-    with joined() as ranks:
-        console.speak_for(ranks.rank)
-        if ranks.world_size == 1:
-            raise UserError("one process has nobody to talk to: add --nproc N, or start it with torchrun")
-        ranks.connect(pick_device(device))  # before anything is computed there
-        where, kind, facts = decide(device, dtype)
-        found = bench_distributed.bench_distributed(
-            config,
-            where,
-            kind,
-            ranks=ranks,
-            parallel=parallel,
-            tokens=tokens_per_step,
-            B=batch_size,
-            T=seq_len,
-            repeats=repeats,
-            compile=compile,
-        )
-    if ranks.is_first and as_json:
-        console.print_json({"bench": "distributed", **facts, **asdict(found)})
-    elif ranks.is_first:
-        show_scaling(found, facts)
-
-
-def show_scaling(found: Scaling, facts: dict[str, Any]) -> None:
-    from gpt2cli.commands import console
-
-    console.table(
-        f"Summing over {found.world_size} ranks",
-        ("bytes", "ms", "GB/s over each link"),
-        [(size(row.bytes), f"{row.seconds * 1e3:,.1f}", f"{row.bandwidth / 1e9:.2f}") for row in found.reduces],
-    )
-    console.table(
-        f"A step of {found.tokens:,} tokens, {found.parallel}",
-        ("who", "ms a step", "tokens/s", "of one process"),
-        [
-            ("one process", f"{found.alone * 1e3:,.0f}", f"{found.tokens / found.alone:,.0f}", "1.00x"),
-            ("all ranks", f"{found.together * 1e3:,.0f}", f"{found.tokens / found.together:,.0f}", f"{found.speedup:.2f}x"),
-            *(
-                (row.where + ", its part", f"{row.seconds * 1e3:,.0f}", "", f"{row.behind:.2f}x the median")
-                for row in found.ranks
-            ),
-        ],
-    )
-    slow = max(found.ranks, key=lambda row: row.seconds)
-    if slow.behind > 1.1:
-        console.note(f"{slow.where} is behind: its part takes {slow.behind:.2f} times the median rank's, and all wait for it")
-    waits = max(0.0, found.together - found.own)
-    console.note(
-        f"gradients are {size(found.gradient_bytes)} a step; beside the slowest rank's own part a step takes "
-        f"{waits * 1e3:,.0f} ms ({waits / found.together:.0%})"
-    )
-    show_conditions(facts)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-        if min(values) >= 1:
-            return values
-    except ValueError:
-        pass
-    raise UserError(f"{option} {text}: expected whole numbers above 0, separated by commas")
-
-
-def model_config(preset: str) -> GPTConfig:
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is unknown; expected {', '.join(PRESETS)}")
-    return GPTConfig(**PRESETS[preset])  # type: ignore[arg-type]
-
-
-def decide(device_name: str, dtype: str) -> tuple[Any, str, dict[str, Any]]:
-    from gpt2cli import bench, device
-
-    where = device.pick_device(device_name)
-    kind = device.pick_dtype(dtype, where)
-    return where, kind, bench.conditions(where, kind)
-
-
-def show_conditions(facts: dict[str, Any]) -> None:
-    from gpt2cli.commands import console
-
-    sheet = f", datasheet {facts['datasheet_flops'] / 1e12:,.0f} TFLOP/s" if facts["datasheet_flops"] else ""
-    console.note(
-        f"{facts['date']}, {facts['device']}, {facts['dtype']}, torch {facts['torch']}, gpt2cli {facts['gpt2cli']}; "
-        f"matrix products {facts['matmul_flops'] / 1e9:,.0f} GFLOP/s measured{sheet}"
-    )

@@ -1,0 +1,109 @@
+"""Times the product's own training step, alone or in turn with transformers at the same work, each in a process of its own,
+whose memory is its own, too."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from gpt2cli import device, memory, peers
+from gpt2cli.apart import Apart
+from gpt2cli.bench import seconds_of
+from gpt2cli.config import GPTConfig
+from gpt2cli.errors import UserError
+from gpt2cli.model import GPT
+from gpt2cli.optim import make_optimizers
+from gpt2cli.peers import TimedStep
+from gpt2cli.step import train_step
+
+WARM_UP = 2  # steps
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    who: str
+    seconds: float  # a step, median
+    spread: tuple[float, float]  # fastest and slowest
+    tokens_per_second: float
+    of_ours: float  # its tokens a second against ours, median of the turns
+    flops: float  # model FLOP/s
+    mfu: float  # of the measured matmul rate
+    loss: float  # of the first step: it is about ln V with random weights
+    memory: int  # bytes at the peak, see `peers.TimedStep`
+
+
+def our_training(
+    config: GPTConfig, where: str, dtype: str, optimizer: str, B: int, T: int, compile: bool
+) -> tuple[str, Callable[[], TimedStep]]:
+    """The product's `train_step` with its optimizer and clipping, on random ids."""
+    before = memory.resident()
+    on = torch.device(where)
+    device.set_up(seed=0)
+    model = GPT(config).to(on)
+    if compile:
+        model.compile()
+    optimizers = make_optimizers(model, optimizer, weight_decay=0.1, dtype=dtype)
+    ids = torch.randint(config.vocab_size, (B, T + 1), device=on, generator=torch.Generator(on).manual_seed(0))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    update = partial(
+        train_step, model, optimizers, [batch], lr=1e-4, grad_clip=1.0, precision=lambda: device.precision(on, dtype)
+    )
+
+    def step() -> TimedStep:
+        losses = []
+        seconds = seconds_of(lambda: losses.append(update()[0]), on)
+        held = device.memory_peak(on) - (before if on.type == "cpu" else 0)
+        return TimedStep(seconds, float(losses[0]), held)
+
+    return "gpt2", step
+
+
+def bench_train(
+    config: GPTConfig,
+    where: torch.device,
+    dtype: str,
+    *,
+    compare: Sequence[str] = (),
+    B: int,
+    T: int,
+    repeats: int,
+    compile: bool,
+    optimizer: str,
+    roof: float,
+) -> list[TrainRow]:
+    """An update of B rows of T tokens in one micro-step, by each library in turn, without dropout."""
+    if unknown := next((name for name in compare if name != "hf"), None):
+        raise UserError(f"--compare {unknown} is unknown; expected hf")
+    config = replace(config, block_size=max(T, config.block_size), dropout=0.0, attn_dropout=0.0)
+    work = config, str(where), dtype, optimizer, B, T, compile
+    with contextlib.ExitStack() as stack:
+        ways = [Apart(our_training, *work)]
+        ways += [Apart(peers.hf_training, *work, missing=peers.missing(name)) for name in compare]
+        for way in ways:
+            stack.callback(way.close)
+        turns = [[way() for way in ways] for _ in range(WARM_UP + repeats)]
+    first, timed, ours = turns[0], turns[WARM_UP:], [turn[0].seconds for turn in turns[WARM_UP:]]
+    rows = []
+    for n, way in enumerate(ways):
+        times = [turn[n].seconds for turn in timed]
+        median = statistics.median(times)
+        flops = B * T * config.flops_per_token(T) / median
+        rows.append(
+            TrainRow(
+                who=way.title,
+                seconds=median,
+                spread=(min(times), max(times)),
+                tokens_per_second=B * T / median,
+                of_ours=statistics.median(a / b for a, b in zip(ours, times, strict=True)),
+                flops=flops,
+                mfu=flops / roof,
+                loss=first[n].loss,
+                memory=timed[-1][n].memory,
+            )
+        )
+    return rows

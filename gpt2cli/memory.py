@@ -1,0 +1,85 @@
+"""How much memory a process holds, and how much a training step will take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2cli.config import GPTConfig, TrainConfig
+
+INTERPRETER = 350_000_000  # with torch and what it loads
+
+
+def resident() -> int:
+    """Bytes of memory this process has now; on other systems than Linux the most it had so far."""
+    return _linux("VmRSS") or peak()
+
+
+def peak() -> int:
+    """The most bytes of memory this process had so far; 0 where unknown."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in it what the process was before it became this program.
+    return _linux("VmHWM") or (most if sys.platform == "darwin" else most * 1024)
+
+
+def total() -> int:
+    """Bytes of memory the machine has; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _linux(field: str) -> int:
+    """Of /proc/self/status, in bytes; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a training step of one process holds at its peak, in bytes."""
+
+    state: int  # weights, gradients, what the optimizer keeps
+    activations: int  # of the blocks, kept for the backward pass
+    loss: int  # a chunk of logits and what is made of it
+    host: int  # on a CPU: the interpreter with torch, a copy of the state while it is written, gaps between tensors
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations + self.loss + self.host
+
+
+def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: int, seq_len: int, world_size: int = 1) -> Need:
+    """For micro-steps of `rows` rows of `seq_len` tokens, whose logits are made for `loss_rows` tokens at a time. Measured
+    peaks were within 25% of it (README, "Train")."""
+    C, V, L, M = model.n_embd, model.vocab_size, model.n_layer, model.inner_size
+    N = model.num_parameters()
+    hidden = L * (4 * C * C + 2 * C * M)  # the blocks' matrices, of which Muon keeps one number, AdamW two
+    moments = 2 * N - (hidden if train.optimizer == "muon" else 0)
+    held = 2 * N + moments
+    if train.parallel == "fsdp" and world_size > 1:
+        held = held // world_size + 2 * hidden // L
+    low = train.dtype != "fp32"
+    width = 2 if low else 4
+    tokens = rows * seq_len
+    # Of a block: its input, after attention, q, k and v, attention's output, both LayerNorms', before and after GELU.
+    block = tokens * (2 * C * 4 + (3 * C + C + 2 * C + 2 * M) * width)
+    activations = L * tokens * C * 4 + 2 * block if train.activation_checkpointing else L * block
+    n = min(tokens, loss_rows)
+    # In low precision logits, their softmax in fp32 and its copy; a part of the gradient, and the weights in that dtype.
+    loss = n * V * (2 + 4 + 2) + V * C * 4 + 2 * N if low else n * V * 4
+    embedding = V * C * 4  # its gradient as an input, beside that as an output
+    host = 0
+    if train.device == "cpu":
+        host = INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
+    return Need(4 * held, activations, loss + embedding, host)

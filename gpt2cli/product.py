@@ -1,0 +1,69 @@
+"""`x @ W.T`, and what its backward pass multiplies, by the fastest library at hand.
+
+In fp32 on a CPU torch asks MKL, where oneDNN, which is in torch as well, is up to twice as fast on an AMD machine (README,
+"Bench"). Of the three products of a linear layer that holds for the output and for the gradient of x; that of the weight
+stays with MKL, which is a tenth faster there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGE = 1 << 17  # weights; with fewer a call of oneDNN takes longer than it saves
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by whoever multiplies faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if suits_onednn(x, self.weight):
+            return _OneDNNLinear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's linear operator, which its compiler uses, too."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn(x, weight)` is possible and worth it. Not where torch's compiler reads the code, which has its own
+    choice, or autocast is to choose a dtype."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.numel() >= LARGE
+        and has_onednn()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)` by oneDNN: x (..., in), weight (out, in), which may be a transposed view. Autograd does not
+    see it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad_outputs[0].flatten(0, -2)  # (N, out)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            onednn(grad_outputs[0], weight.t()) if need_x else None,
+            rows.t() @ x.flatten(0, -2) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
