@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 CHOICES = {
     "optimizer": ("muon", "adamw"),
-    "schedule": ("cosine", "linear", "constant"),
+    "schedule": ("cosine", "linear", "constant", "wsd"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
     "compile": ("auto", "on", "off"),
@@ -134,8 +134,9 @@ class TrainConfig:
     parallel: str = "ddp"  # of several processes: the whole model in each (ddp), or a slice of every tensor (fsdp)
     activation_checkpointing: bool = False  # compute the blocks' activations again in backward instead of keeping them
     # cadence, in steps; 0 means only at the end (never, for samples)
-    log_every: int = 1
+    log_every: int | None = None  # None means 1 on a CPU, and 10 elsewhere, where each means to wait for the device
     eval_every: int = 50
+    patience: int = 5  # evaluations in a row without a lower validation loss after which the run ends; 0: none do
     save_every: int = 100
     sample_every: int = 0
     sample_prompt: str = "\n"  # what samples begin with
@@ -162,9 +163,12 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least {least}, but is {value}")
         if self.seed >= 1 << 62:
             raise UserError(f"seed must be below 2^62, but is {self.seed}")
-        for name in ("warmup_steps", "log_every", "eval_every", "save_every", "sample_every", "eval_tokens", "max_rollbacks"):
+        cadences = ("log_every", "eval_every", "patience", "save_every", "sample_every", "eval_tokens")
+        for name in ("warmup_steps", *cadences, "max_rollbacks"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
+        if self.lr is not None and self.lr >= 1:
+            raise UserError(f"lr is {self.lr}, with which nothing can be learned: expected about 1e-3")
         for name in ("lr", "epochs", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ class Keeper:
         self.log = MetricsLog(run)
         self.writer = Writer(run)
         self._events: list[str] = []
+        self._val_losses: list[float] = []  # of all evaluations
         self._last_error: OSError | None = None  # of a save that has not been made up for
 
     def begin_at(self, progress: checkpoint.Progress) -> None:
         """Forget what was logged after this, and will come again."""
         self.log.trim(progress.step, progress.log)
+        self._val_losses.clear()
+        for line in metrics.read(self.run):
+            self._evaluated(line)
 
     def lines_of(self, step: int) -> list[dict[str, Any]]:
         """What was logged of it."""
@@ -30,6 +35,17 @@ class Keeper:
 
     def add(self, line: dict[str, Any]) -> None:
         self.log.add(line)
+        self._evaluated(line)
+
+    def _evaluated(self, line: dict[str, Any]) -> None:
+        if "val_loss" in line:
+            loss = line["val_loss"]  # null where it was not finite
+            self._val_losses.append(loss if isinstance(loss, float) and math.isfinite(loss) else math.inf)
+
+    def has_turned(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations, if that is not 0, were all above the lowest before them."""
+        before, last = self._val_losses[:-patience], self._val_losses[-patience:]
+        return bool(patience and before) and min(last) > min(before)
 
     def tell(self, step: int, kind: str, message: str, **facts: Any) -> None:
         self._events.append(message)
@@ -114,6 +130,9 @@ class Nobody(Keeper):
     def add(self, line: dict[str, Any]) -> None: ...
 
     def tell(self, step: int, kind: str, message: str, **facts: Any) -> None: ...
+
+    def has_turned(self, patience: int) -> bool:
+        return False
 
     wants_a_look = retry_is_due = False
 

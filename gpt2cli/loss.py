@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2cli.product import onednn, suits_onednn
@@ -18,6 +19,11 @@ from gpt2cli.product import onednn, suits_onednn
 def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
     """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. Measured on a CPU (README, "Bench")."""
     return 1024 // dtype.itemsize if device_type == "cpu" else 2048
+
+
+def multiple(device_type: str) -> int:
+    """What the rows of the weight are padded to a multiple of: a GPU's tensor cores want whole tiles, and V = 50,257 is odd."""
+    return 64 if device_type == "cuda" else 1
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -32,7 +38,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_grad: bool) -> Tensor:
-        w = weight.to(dtype)  # (V, C)
+        more = -len(weight) % multiple(x.device.type)
+        w = F.pad(weight.to(dtype), (0, 0, 0, more)) if more else weight.to(dtype)  # (V, C), V with what is padded
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)  # (N, C)
         grad_w: Tensor | None = None  # (V, C)
@@ -42,6 +49,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
             a = x[start : start + size].to(dtype)  # (n, C)
             target = targets[start : start + size, None]  # (n, 1)
             logits = onednn(a, w) if fast else a @ w.T  # (n, V)
+            if more:
+                logits[:, -more:] = -torch.inf  # of no probability, and so without a gradient
             top = logits.amax(dim=1, keepdim=True).float()  # (n, 1)
             expected = logits.gather(1, target).float()  # (n, 1)
             p = probabilities(logits)  # (n, V), where the logits were if they are fp32
@@ -60,7 +69,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_w += grad.T @ a
             del p  # before the next one
-        ctx.gradients = grad_x, grad_w
+        ctx.gradients = grad_x, grad_w if grad_w is None else grad_w[: len(weight)]
         return total / len(x)
 
     @staticmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2cli.config import GPTConfig, TrainConfig
 
-INTERPRETER = 350_000_000  # with torch and what it loads
+INTERPRETER = 450_000_000  # with torch and what it loads
 
 
 def resident() -> int:

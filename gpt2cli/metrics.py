@@ -29,6 +29,7 @@ class StepMetrics:
     tokens: int  # trained on so far
     tokens_per_second: float  # of the training steps since the last such line
     elapsed: float  # seconds of the run, earlier sessions included
+    memory: int = 0  # bytes at the peak so far, of the process or its part of the device
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     saved: Path | None = None  # being written; there when the run ends

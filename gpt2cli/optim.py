@@ -111,6 +111,12 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return X if G.shape[1] <= G.shape[2] else X.mT
 
 
+def best_lr(optimizer: str, n_embd: int) -> float:
+    """The default learning rate: measured at width 384 on Shakespeare (README, "Bench"), in proportion smaller for wider
+    models. AdamW's are then about GPT-3's (Brown et al. 2020, table 2.1)."""
+    return (3e-3 if optimizer == "muon" else 1e-3) * min(1.0, 384 / n_embd)
+
+
 def planned_lr(step: int, train: TrainConfig) -> float:
     """`lr_at` of a plan's settings."""
     return lr_at(
@@ -125,11 +131,17 @@ def planned_lr(step: int, train: TrainConfig) -> float:
 
 def lr_at(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:
     """Learning rate of update `step`, counted from 0: a linear warm-up to `lr`, then `cosine` or `linear` down to
-    `min_lr` at the last update, or `constant`."""
+    `min_lr` at the last update, or `constant`, or `wsd` (warm-up, stable, decay; Hu et al. 2024, "MiniCPM"): `lr`, and in the
+    last fifth of the steps linear down."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
         return lr
     done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)  # 0 to 1
-    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif schedule == "linear":
+        left = 1 - done
+    else:
+        left = min(1.0, (steps - 1 - step) / max(1, steps // 5))
     return min_lr + max(0.0, left) * (lr - min_lr)

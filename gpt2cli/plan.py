@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, device, documents, memory
+from gpt2cli import atomic, checkpoint, device, documents, memory, probe
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.data import micro_steps
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import hub, huggingface
 from gpt2cli.loss import rows_at_once
+from gpt2cli.optim import best_lr
 from gpt2cli.provenance import provenance
 from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
 from gpt2cli.survey import Progress
@@ -92,14 +93,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes expected at the peak, in each process."""
-        return memory.of_training(
-            self.model,
-            self.train,
-            rows=-(-self.rows // (self.world_size * self.accumulation)),
-            loss_rows=rows_at_once(self.train.device, device.DTYPES[self.train.dtype]),
-            seq_len=self.seq_len,
-            world_size=self.world_size,
-        ).total
+        return _need(self.model, self.train, -(-self.rows // (self.world_size * self.accumulation)), self.world_size)
 
     @property
     def disk(self) -> int:
@@ -125,6 +119,12 @@ class Plan:
             f"{what}, about {size(self.memory)}. --batch-size {B} needs about {size(less)} and learns the same: "
             f"gpt2 train --resume --out {self.out} --batch-size {B}{self.nproc}"
         )
+
+    def never_finite(self, loss: float) -> str:
+        """What to say of a loss that is not finite at the very first step, which no learning rate has to do with."""
+        start = f"the weights of {self.init_from} are broken" if self.init_from else "the model or the machine is broken"
+        other = f"{self.train.dtype} is too small for it: try --dtype fp32" if self.train.dtype != "fp32" else "start another"
+        return f"the loss of the first step is {loss}: {start}, or {other}"
 
     def to_json(self) -> dict[str, Any]:
         """`run.json`: what is needed to repeat the run, and to go on with it."""
@@ -191,6 +191,7 @@ def make_plan(
     check_sources(sources, train.seq_len or 1, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
     device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)
+    train = _decide_batch(train, model, world_size, notes)
     train = _decide_length(train, model, sum(source.train_tokens for source in sources), bool(start), notes)
     plan = Plan(
         out=out,
@@ -263,38 +264,59 @@ def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -
     if where.type == "cpu" and dtype == "bf16" and not device.has_bf16(where):
         notes.append("bf16 is emulated on this CPU and hundreds of times slower than fp32")
     compiled = "on" if train.compile == "on" or (train.compile == "auto" and where.type == "cuda") else "off"
-    return replace(train, device=where.type, dtype=dtype, compile=compiled)
+    log_every = train.log_every if train.log_every is not None else 1 if where.type == "cpu" else 10
+    return replace(train, device=where.type, dtype=dtype, compile=compiled, log_every=log_every)
+
+
+def _decide_batch(train: TrainConfig, model: GPTConfig, world_size: int, notes: list[str]) -> TrainConfig:
+    """Micro-batch and accumulation: the most rows that pay, fit and divide the update."""
+    T = train.seq_len or model.block_size
+    rows = max(1, train.tokens_per_step // T)
+    B = train.batch_size
+    if B is None:
+        most = max(1, (4096 if train.device == "cpu" else 65536) // T)  # more tokens at a time are no faster
+        sizes = [b for b in range(min(rows, most), 0, -1) if rows % b == 0]
+        where, each = torch.device(train.device), -(-rows // world_size)
+        room = device.memory_total(where) * (0.7 if train.device == "cpu" else 0.95)
+        sizes = [b for b in sizes if not room or _need(model, train, min(b, each), world_size) < room] or [1]
+        if train.device == "cuda" and train.parallel == "ddp" and len(sizes) > 1:
+            B = probe.largest_batch(model, train, where, T, sizes)
+        B = B or sizes[0]
+    tokens_per_step = math.ceil(rows / B) * B * T
+    if tokens_per_step != train.tokens_per_step:
+        notes.append(f"{tokens_per_step:,} tokens a step: whole micro-steps of {B} rows of {T}")
+    return replace(train, batch_size=B, tokens_per_step=tokens_per_step)
+
+
+def _need(model: GPTConfig, train: TrainConfig, B: int, world_size: int) -> int:
+    """Bytes at the peak, in each process, with micro-steps of B rows."""
+    T = train.seq_len or model.block_size
+    loss_rows = rows_at_once(train.device, device.DTYPES[train.dtype])
+    return memory.of_training(model, train, rows=B, loss_rows=loss_rows, seq_len=T, world_size=world_size).total
 
 
 def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine_tuning: bool, notes: list[str]) -> TrainConfig:
-    """Micro-batch, accumulation, number of steps and learning rate."""
-    T = train.seq_len or model.block_size
-    rows = max(1, train.tokens_per_step // T)
-    most = max(1, (4096 if train.device == "cpu" else 16384) // T)  # rows of a micro-step that fit and pay
-    B = train.batch_size or next(b for b in range(min(rows, most), 0, -1) if rows % b == 0)
+    """Number of steps and learning rate."""
+    B, T, tokens_per_step = train.batch_size or 1, train.seq_len or model.block_size, train.tokens_per_step
     if train_tokens < B * T + 1:
         raise UserError(
             f"the training text has {train_tokens:,} tokens, but one batch of {B} rows of {T} needs {B * T + 1:,}: "
             "use more text, or a smaller --batch-size or --seq-len"
         )
-    tokens_per_step = math.ceil(rows / B) * B * T
-    if tokens_per_step != train.tokens_per_step:
-        notes.append(f"{tokens_per_step:,} tokens a step: whole micro-steps of {B} rows of {T}")
     if train.epochs is not None:
         steps = max(1, math.ceil(train.epochs * train_tokens / tokens_per_step))
     else:
         steps = train.steps or DEFAULT_STEPS
-    # Measured at width 384 on Shakespeare; wider models want smaller ones. AdamW's are then about GPT-3's (table 2.1).
-    best = 3e-3 if train.optimizer == "muon" else 1e-3
-    lr = train.lr or best * min(1.0, 384 / model.n_embd) * (0.1 if fine_tuning else 1.0)
+    best = best_lr(train.optimizer, model.n_embd) * (0.1 if fine_tuning else 1.0)
+    lr = train.lr or best
+    if lr > 30 * best or lr < best / 100:
+        notes.append(f"--lr {lr:g} is {lr / best:,.3g} times what was measured to train best at this width, {best:.1e}")
     min_lr = lr / 10 if train.min_lr is None else train.min_lr
     if min_lr > lr:
         raise UserError(f"--min-lr {min_lr} is above --lr {lr}")
     warmup_steps = max(1, steps // 20) if train.warmup_steps is None else train.warmup_steps
     return replace(
         train,
-        batch_size=B,
-        tokens_per_step=tokens_per_step,
         steps=steps,
         epochs=None,
         lr=lr,

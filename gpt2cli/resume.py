@@ -22,8 +22,8 @@ from gpt2cli.tokenizer import Encoding
 
 # Options that may differ when a run is continued: they do not decide what is learned, but for rounding.
 FREE = (
-    "steps", "device", "batch_size", "log_every", "eval_every", "save_every", "sample_every", "sample_prompt", "spike",
-    "max_rollbacks", "deterministic", "parallel", "activation_checkpointing",
+    "steps", "device", "batch_size", "log_every", "eval_every", "patience", "save_every", "sample_every", "sample_prompt",
+    "spike", "max_rollbacks", "deterministic", "parallel", "activation_checkpointing",
 )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """What a rank does in a test, started by torchrun: `ranks.py MODE [ARGUMENTS OF gpt2]`."""
 
-import importlib
 import math
 import os
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2cli import run as run_room
 from gpt2cli.commands import app
 from gpt2cli.config import GPTConfig
 from gpt2cli.data import eval_batches, micro_steps
@@ -19,13 +19,12 @@ from gpt2cli.optim import make_optimizers
 from gpt2cli.shards import Tokens
 from gpt2cli.step import build, train_step, validate
 
-loop = importlib.import_module("gpt2cli.train")  # gpt2cli.train is the function of that name
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=97)
 
 
 def crash() -> None:
     """Rank 1 dies in the sixth step of the first attempt."""
-    step = loop.Run.step
+    step = run_room.Run.step
 
     def dying(run) -> None:
         if run.progress.step == 5 and run.ranks.rank == 1 and not Path("crashed").exists():
@@ -33,12 +32,12 @@ def crash() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         step(run)
 
-    loop.Run.step = dying
+    run_room.Run.step = dying
 
 
 def poison() -> None:
     """From the sixth step on, rank 1's loss is no number, three times."""
-    train, times = loop.train_step, []
+    train, times = run_room.train_step, []
 
     def poisoned(engine, optimizers, batches, **more):
         if more["ranks"].rank == 1 and 5 <= len(times) < 8:
@@ -46,7 +45,7 @@ def poison() -> None:
         times.append(0)
         return train(engine, optimizers, batches, **more)
 
-    loop.train_step = poisoned
+    run_room.train_step = poisoned
 
 
 def check(ranks: Ranks) -> None:

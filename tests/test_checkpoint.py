@@ -118,7 +118,7 @@ def test_a_folder_that_fails_to_be_replaced_is_put_back(tmp_path, monkeypatch):
 
 def test_training_state_that_is_not_ours_is_refused(run):
     from gpt2cli.resume import resume_plan
-    from gpt2cli.train import Run
+    from gpt2cli.run import Run
 
     (run / "step-000008" / "checkpoint.json").unlink()
     (run / "step-000008" / "training.safetensors").write_bytes(b"\xff" * 100)

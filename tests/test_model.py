@@ -104,10 +104,11 @@ def test_more_tokens_than_the_context_are_refused():
 AT_ONCE = rows_at_once("cpu", torch.float32)
 
 
-@pytest.mark.parametrize("large", [0, 1 << 40])
+@pytest.mark.parametrize(("large", "padded"), [(0, 1), (1 << 40, 1), (1 << 40, 64)])
 @pytest.mark.parametrize("rows", [5, AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE - 7])
-def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows, large, monkeypatch):
+def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows, large, padded, monkeypatch):
     monkeypatch.setattr("gpt2cli.product.LARGE", large)  # with and without oneDNN
+    monkeypatch.setattr("gpt2cli.loss.multiple", lambda device_type: padded)  # as on a GPU
     torch.manual_seed(0)
     x, weight, targets = torch.randn(rows, 24), torch.randn(300, 24), torch.randint(300, (rows,))
     fused_inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -118,7 +119,7 @@ def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows, large, mon
     (3 * fused).backward()
     (3 * plain).backward()
     for ours, expected in zip(fused_inputs, plain_inputs, strict=True):
-        assert torch.allclose(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
+        assert ours.grad.shape == expected.grad.shape and torch.allclose(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_fused_loss_stays_finite_where_the_targets_probability_vanishes():

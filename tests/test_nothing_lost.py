@@ -399,7 +399,7 @@ def test_evaluations_that_come_faster_than_saves_find_their_checkpoints(text_fil
 
     losses = iter([9.0, 1.0, *[3.0 + n / 10 for n in range(20)]])
     monkeypatch.setattr(checkpoint, "write", slow)
-    monkeypatch.setattr(sys.modules["gpt2cli.train"], "validate", lambda *_: (next(losses), None))
+    monkeypatch.setattr("gpt2cli.run.validate", lambda *_: (next(losses), None))
     list(train(new_plan(text_file, "run", steps=12, eval_every=1, save_every=2)))
     assert checkpoint.best(Path("run")).name == "step-000002"
 

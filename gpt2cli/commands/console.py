@@ -192,10 +192,19 @@ class TrainDisplay:
             f"lr {metrics.lr:.1e}",
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"{mfu:.0%} of the matmul rate",
+            *([size(metrics.memory)] if metrics.memory else []),
             f"ETA {seconds(left)}",
         ]
         filled = round(20 * metrics.step / self.plan.steps)
         return Text("  ".join(parts)) if not self.live else Text(f"{'━' * filled}{'─' * (20 - filled)}  " + "  ".join(parts))
+
+
+def show_curve(drawn: Sequence[str]) -> None:
+    """The loss over the steps, as `curve.draw` has it."""
+    if drawn:
+        note("loss, nats a token: · training, ○ validation")
+    for line in drawn:
+        stderr.print(Text(line))
 
 
 # ==== tables ====

@@ -54,4 +54,8 @@ class StopRequest:
         if self._began and not self.number and time.monotonic() >= self._end:
             self.by = f" by --max-minutes {self._max_minutes:g}"
         self._began = True
+        return self.was_asked
+
+    @property
+    def was_asked(self) -> bool:
         return bool(self.number or self.by)

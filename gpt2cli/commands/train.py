@@ -85,12 +85,20 @@ def command(
     nproc: Annotated[
         int | None, option(MACHINE, "Processes to start on this machine; see also torchrun.", min=1, show_default="1")
     ] = None,
-    log_every: Annotated[int, option(CADENCE, "Steps between lines of metrics.jsonl.")] = TRAIN.log_every,
+    log_every: Annotated[
+        int | None, option(CADENCE, "Steps between lines of metrics.jsonl; by default 1, on a GPU 10.")
+    ] = TRAIN.log_every,
     eval_every: Annotated[int, option(CADENCE, "Steps between evaluations; 0: only at the end.")] = TRAIN.eval_every,
+    patience: Annotated[
+        int, option(CADENCE, "Evaluations without a lower validation loss that end the run; 0: none do.")
+    ] = TRAIN.patience,
     eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
     sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = TRAIN.sample_prompt,
+    log: Annotated[
+        str | None, option(CADENCE, "Metrics for TensorBoard, too.", metavar="tensorboard", show_default="none")
+    ] = None,
     mixture: Annotated[
         list[str] | None,
         option(DATA, "Instead of INPUT, once for each: a source and its weight.", "--data", metavar="PATH=WEIGHT"),
@@ -145,7 +153,7 @@ def command(
         console.speak_for(ranks.rank)
         with console.Bars() as bars:
             plan = plan_together(ranks, lambda: decide(context, ranks, bars), cache=cache_dir, on_tokenize=bars.tokenized)
-        status = prove(plan) if verify_resume and not dry_run else carry_out(plan, stop, dry_run, ranks)
+        status = prove(plan) if verify_resume and not dry_run else carry_out(plan, stop, dry_run, ranks, log)
     raise typer.Exit(status)
 
 
@@ -207,36 +215,63 @@ def runs_near(out: Path) -> str:
     return f", or name one of: {', '.join([*there][:5])}" if there else ""
 
 
-def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks) -> int:
+def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: str | None) -> int:
     """Returns the exit status."""
     from gpt2cli import device
     from gpt2cli.commands import console
+    from gpt2cli.commands.board import Board
     from gpt2cli.train import train
 
+    if log not in (None, "tensorboard"):
+        raise UserError(f"--log {log} is unknown; expected tensorboard")
     ranks.connect(plan.device)
     sample = sampler(plan)
+    board = Board(plan.out, plan.first_step) if log and ranks.is_first else None
     rate = device.matmul_rate(plan.device, plan.train.dtype) * ranks.world_size
     console.show_plan(plan, device.describe(plan.device), rate)
     if dry_run:
         return 0
-    with console.TrainDisplay(plan, rate) as display, stop:
-        last = None
+    last = None
+    with console.TrainDisplay(plan, rate) as display, stop, contextlib.ExitStack() as stack:
+        if board:
+            stack.callback(board.close)
         for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
-            with contextlib.suppress(OSError):  # a terminal that went away must not cost the run
+            with contextlib.suppress(OSError):  # a terminal that went away, or a full disk, must not cost the run
                 display.show(last)
+                if board:
+                    board.show(last)
     step = last.step if last else plan.first_step
     if ranks.is_first:
         print(plan.out)
-    if ranks.any(step < plan.steps):
+        report(plan, step)
+    if ranks.any(step < plan.steps and stop.was_asked):
         done = f"after step {step:,}, which is saved" if step else "before the first step"
         console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}{plan.nproc}")
         if stop.by and launch.restarts():
             return 0  # torchrun would start it again
         return 128 + (stop.number or signal.SIGTERM)
-    if last is None:
+    if step < plan.steps:
+        console.note(f"{plan.out} ended after step {step:,}, since validation had turned; --resume --patience 0 goes on")
+    elif last is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
     return 0
+
+
+def report(plan: Plan, step: int) -> None:
+    """What was reached: the curve, and the best checkpoint."""
+    from gpt2cli import checkpoint, curve, metrics
+    from gpt2cli.commands import console
+
+    lines = [line for line in metrics.read(plan.out) if line["step"] <= step]
+    console.show_curve(curve.draw(lines))
+    with contextlib.suppress(OSError):
+        if curve.save(lines, plan.out / "loss.png"):
+            console.note(f"the curve as a picture: {plan.out / 'loss.png'}")
+    if best := checkpoint.best(plan.out):
+        loss = checkpoint.evaluation(best).get("val_loss")
+        told = f", validation loss {loss:.4f}" if isinstance(loss, float) else ""
+        console.note(f"best checkpoint: {best}{told}")
 
 
 def prove(plan: Plan) -> int:
