@@ -45,7 +45,10 @@ def draw(lines: Lines, width: int = 64, height: int = 12) -> list[str]:
 
 
 def save(lines: Lines, path: Path) -> bool:
-    """The same as a picture; False where matplotlib, the extra `plot`, is not installed."""
+    """The same as a picture; False where there is nothing to draw, or matplotlib, the extra `plot`, is not installed."""
+    curves = {"training": points(lines, "loss"), "validation": points(lines, "val_loss")}
+    if max(map(len, curves.values())) < 2:
+        return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -54,8 +57,8 @@ def save(lines: Lines, path: Path) -> bool:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*points(lines, "loss"), strict=True), label="training", linewidth=1) if points(lines, "loss") else None
-    axes.plot(*zip(*points(lines, "val_loss"), strict=True), "o-", label="validation") if points(lines, "val_loss") else None
+    for label, curve in curves.items():
+        axes.plot([step for step, _ in curve], [loss for _, loss in curve], "o-" if label == "validation" else "-", label=label)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=path.parent.name)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from gpt2cli.device import DTYPES, has_bf16
 from gpt2cli.distributed import ALONE, Ranks, gathered, local_part, part_of
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
+from gpt2cli.product import times
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020, appendix B)
 
@@ -105,10 +106,32 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Jordan's coefficients, which leave them between 0.7 and 1.2. It is computed and returned in `dtype`."""
     X = G.to(dtype) if G.shape[1] <= G.shape[2] else G.to(dtype).mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    if dtype == torch.float32 and X.shape[2] >= 2 * X.shape[1]:
+        X = _by_gram(X)
+    else:
+        for _ in range(5):
+            X = times(_polynomial(times(X, X.mT)), X)
     return X if G.shape[1] <= G.shape[2] else X.mT
+
+
+def _polynomial(A: Tensor) -> Tensor:
+    """3.4445 I - 4.7750 A + 2.0315 A^2, of symmetric (n, m, m)."""
+    P = times(A, A).mul_(2.0315).sub_(A, alpha=4.7750)
+    P.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return P
+
+
+def _by_gram(X: Tensor) -> Tensor:
+    """The five steps on wide matrices (n, m, k), by the small A = X X^T alone: a step makes P X of X, so P A P of A, and X is
+    multiplied once, by all five P. Half the work where k = 4 m; in fp32 it is exact to 1e-4, for 16 bits it is not."""
+    A = times(X, X.mT)
+    product = _polynomial(A)
+    P = product
+    for _ in range(4):
+        A = times(times(P, A), P)
+        P = _polynomial(A)
+        product = times(P, product)
+    return times(product, X)
 
 
 def best_lr(optimizer: str, n_embd: int) -> float:

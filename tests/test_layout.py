@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "loss": "product",
     "model": "config loss formats product tokenizer",
     "data": "shards tokenizer",
-    "optim": "config device distributed model",
+    "optim": "config device distributed model product",
     "guard": "",
     "metrics": "atomic",
     "checkpoint": "atomic config distributed formats guard model tokenizer",

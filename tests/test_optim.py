@@ -17,6 +17,7 @@ PLAN = {"steps": 110, "lr": 1.0, "min_lr": 0.1, "warmup_steps": 10}
         ("cosine", 43, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 3))),
         ("linear", 0, 0.1), ("linear", 10, 1.0), ("linear", 43, 0.7), ("linear", 109, 0.1),
         ("constant", 4, 0.5), ("constant", 50, 1.0), ("constant", 109, 1.0),
+        ("wsd", 4, 0.5), ("wsd", 50, 1.0), ("wsd", 87, 1.0), ("wsd", 98, 0.55), ("wsd", 109, 0.1),
     ],
 )  # fmt: skip
 def test_the_learning_rate_at_the_corners(schedule, step, lr):
@@ -59,6 +60,21 @@ def test_orthogonalize_keeps_the_directions_and_levels_the_sizes(shape):
         inside = U.T @ x.float() @ V.T
         assert inside.diagonal().min() > 0.5 and inside.diagonal().max() < 1.4
         assert (inside - inside.diagonal().diag()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("large", [0, 1 << 40])
+@pytest.mark.parametrize("worst", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (64, 16)])
+def test_orthogonalize_is_five_newton_schulz_steps_in_float64(monkeypatch, shape, worst, large):
+    monkeypatch.setattr("gpt2cli.product.LARGE", large)  # with and without oneDNN
+    torch.manual_seed(0)
+    U, S, V = torch.linalg.svd(torch.randn(2, *shape, dtype=torch.float64), full_matrices=False)
+    G = U * torch.logspace(0, math.log10(worst), S.shape[1], dtype=torch.float64) @ V
+    X = G / G.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    assert (orthogonalize(G.float()) - X).norm() < 1e-3 * X.norm()
 
 
 def test_muon_treats_q_k_and_v_as_matrices_of_their_own():
