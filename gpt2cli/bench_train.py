@@ -32,7 +32,7 @@ class TrainRow:
     tokens_per_second: float
     of_ours: float  # its tokens a second against ours, median of the turns
     flops: float  # model FLOP/s
-    mfu: float  # of the measured matmul rate
+    mfu: float  # of the matmul rate measured in the same turn, median of the turns
     loss: float  # of the first step: it is about ln V with random weights
     memory: int  # bytes at the peak, see `peers.TimedStep`
 
@@ -74,7 +74,6 @@ def bench_train(
     repeats: int,
     compile: bool,
     optimizer: str,
-    roof: float,
 ) -> list[TrainRow]:
     """An update of B rows of T tokens in one micro-step, by each library in turn, without dropout."""
     if unknown := next((name for name in compare if name != "hf"), None):
@@ -86,13 +85,16 @@ def bench_train(
         ways += [Apart(peers.hf_training, *work, missing=peers.missing(name)) for name in compare]
         for way in ways:
             stack.callback(way.close)
-        turns = [[way() for way in ways] for _ in range(WARM_UP + repeats)]
+        turns, roofs = [], []
+        for _ in range(WARM_UP + repeats):
+            turns.append([way() for way in ways])
+            roofs.append(device.matmul_rate(where, dtype, seconds=0.1))
     first, timed, ours = turns[0], turns[WARM_UP:], [turn[0].seconds for turn in turns[WARM_UP:]]
+    work_flops = B * T * config.flops_per_token(T)
     rows = []
     for n, way in enumerate(ways):
         times = [turn[n].seconds for turn in timed]
         median = statistics.median(times)
-        flops = B * T * config.flops_per_token(T) / median
         rows.append(
             TrainRow(
                 who=way.title,
@@ -100,8 +102,8 @@ def bench_train(
                 spread=(min(times), max(times)),
                 tokens_per_second=B * T / median,
                 of_ours=statistics.median(a / b for a, b in zip(ours, times, strict=True)),
-                flops=flops,
-                mfu=flops / roof,
+                flops=work_flops / median,
+                mfu=statistics.median(work_flops / a / b for a, b in zip(times, roofs[WARM_UP:], strict=True)),
                 loss=first[n].loss,
                 memory=timed[-1][n].memory,
             )

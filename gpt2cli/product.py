@@ -55,7 +55,8 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of (n, m, k) and (n, k, l), without gradients, by whoever multiplies faster."""
     if not suits_onednn(a[0], b[0]):
         return a @ b
-    return torch.stack([onednn(left, right.t()) for left, right in zip(a, b, strict=True)])
+    products = [onednn(left, right.t()) for left, right in zip(a, b, strict=True)]
+    return torch.stack(products) if len(products) > 1 else products[0][None]
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -65,7 +65,7 @@ class Run:
         known = torch.from_numpy(plan.encoding.byte_lengths())[: plan.model.vocab_size]
         self.byte_lengths[: len(known)] = known
         ranks.fill(self.byte_lengths, self.byte_lengths)  # where tokens are at hand, another rank may lack the tokenizer
-        self.patience = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
+        self.bad_at_most = FP16_IN_A_ROW if self.scaler.is_enabled() else BAD_IN_A_ROW
         self.owes_a_save = False  # one was due while updates were refused
         self._go_to(plan.resume_from)
         self.saved_step = self.progress.step
@@ -73,11 +73,7 @@ class Run:
             atomic.write_sealed(plan.out / "run.json", plan.to_json())  # the first file: with it a folder is a run
         self.keeper = Keeper(plan.out) if ranks.is_first else Nobody()
         self.keeper.begin_at(self.progress)
-        if train.compile == "on" and self.progress.step < plan.steps:
-            batch = self._load()[0][0]
-            why = agree_or_eager(self.model, self.engine, batch, self.precision, exact=train.dtype == "fp32", ranks=ranks)
-            if why:
-                self.keeper.tell(self.progress.step, "eager", f"torch.compile is not used: {why}")
+        self._believes_compiler = train.compile != "on"  # or has looked whether it may
 
     def _go_to(self, folder: Path | None) -> None:
         """The state of a checkpoint, or of the very beginning. What rank 0 says counts."""
@@ -121,6 +117,8 @@ class Run:
         self._lr = planned_lr(progress.step, config)
         device.seed_step(config.seed, progress.step, self.ranks.rank)
         try:
+            if not self._believes_compiler:
+                self._check_compiled(batches[0])
             self._loss, self._grad_norm = train_step(
                 self.engine,
                 self.optimizers,
@@ -145,15 +143,23 @@ class Run:
             self._ahead = self._load()  # while the device is at work, which nobody has waited for yet
         self._add_time(started)
 
+    def _check_compiled(self, batch: Batch) -> None:
+        """Once in a session: what it computes is held against eager."""
+        exact = self.plan.train.dtype == "fp32"
+        if why := agree_or_eager(self.model, self.engine, batch, self.precision, exact, self.ranks):
+            self.keeper.tell(self.progress.step, "eager", f"torch.compile is not used: {why}")
+        self._believes_compiler = True
+
     def _load(self) -> tuple[list[Batch], list[float]]:
         """The micro-batches of the next update that are this rank's, on their way to the device, and which part of all its rows
         each of them is."""
         plan, where = self.plan, self.plan.device
         mine = micro_steps(plan.rows, plan.batch_size, self.ranks.rank, self.ranks.world_size)
         batches = [self.loader.batch(self.progress.position + first, max(1, count)) for first, count in mine]
-        if where.type == "cuda":  # from pinned memory the copy needs nobody to wait
+        pinned = where.type == "cuda"  # from there the copy needs nobody to wait
+        if pinned:
             batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
-        moved = [(x.to(where, non_blocking=True), y.to(where, non_blocking=True)) for x, y in batches]
+        moved = [(x.to(where, non_blocking=pinned), y.to(where, non_blocking=pinned)) for x, y in batches]
         return moved, [count / plan.rows for _, count in mine]
 
     def measure(self, log: bool) -> StepMetrics:

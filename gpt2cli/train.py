@@ -52,7 +52,7 @@ def train(
             measured = run.measure(log)
             if step == 1 and not math.isfinite(measured.loss):
                 raise UserError(plan.never_finite(measured.loss))
-            if run.bad >= run.patience:
+            if run.bad >= run.bad_at_most:
                 events = run.roll_back()
                 yield replace(measured, step=run.progress.step, events=events)
                 continue

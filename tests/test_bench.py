@@ -55,13 +55,13 @@ def test_our_side_of_the_training_bench_is_the_products_step(monkeypatch):
 
 
 def test_training_is_timed_beside_transformers_in_processes_of_their_own(gpt2):
-    command = ["bench", "train", "--batch-size", 1, "--seq-len", 16, "--repeats", 2, "--device", "cpu", "--dtype", "fp32"]
+    command = ["bench", "train", "--batch-size", 1, "--seq-len", 16, "--repeats", 1, "--device", "cpu", "--dtype", "fp32"]
     result = json.loads(gpt2(*command, "--compare", "hf", "--json").out)
     ours, theirs = result["rows"]
     assert ours["who"] == "gpt2" and theirs["who"].startswith("transformers") and ours["of_ours"] == 1
     assert ours["tokens_per_second"] == pytest.approx(16 / ours["seconds"])
     assert ours["flops"] == pytest.approx(16 * GPTConfig(block_size=1024).flops_per_token(16) / ours["seconds"])
-    assert ours["mfu"] == pytest.approx(ours["flops"] / result["matmul_flops"])
+    assert 0 < ours["mfu"] < 1 and theirs["mfu"] / ours["mfu"] == pytest.approx(theirs["of_ours"])
     for row in (ours, theirs):  # random weights know nothing; weights, gradients and two moments are in memory
         assert row["loss"] == pytest.approx(math.log(50257), abs=0.2) and row["memory"] > 4 * 4 * result["parameters"]
     assert "--compare vllm is unknown" in gpt2(*command, "--compare", "vllm").err

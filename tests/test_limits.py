@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_a_run_tells_that_it_goes_on_without_the_compiler(text_file, monkeypatch
     list(train(expected))
     losses = [[line["loss"] for line in metrics.read(Path(run)) if "loss" in line] for run in ("run", "eager")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch's compiler needs a C++ compiler")
+def test_a_compiled_run_has_the_losses_of_an_eager_one(text_file):
+    def losses(**settings):
+        plan = new_plan(text_file, settings["compile"], shape={"n_layer": 1, "n_head": 2, "n_embd": 16}, steps=4, **settings)
+        seen = list(train(plan))
+        assert not [event for one in seen for event in one.events]
+        return [one.loss for one in seen]
+
+    assert losses(compile="on") == pytest.approx(losses(compile="off"), abs=1e-4)
+
+
+def test_training_in_bf16_stays_near_fp32(text_file):
+    def losses(dtype):
+        return [seen.loss for seen in train(new_plan(text_file, dtype, dtype=dtype, steps=20, eval_every=0, save_every=0))]
+
+    exact, rounded = losses("fp32"), losses("bf16")
+    assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact and exact[-1] < exact[0] - 1
 
 
 # ==== the curve ====

@@ -95,7 +95,6 @@ def train(
         repeats=repeats,
         compile=compile,
         optimizer=optimizer,
-        roof=facts["matmul_flops"],
     )
     facts |= {"parameters": config.num_parameters(), "B": batch_size, "T": seq_len, "optimizer": optimizer}
     if as_json:
