@@ -3,6 +3,7 @@ and neither's memory can be told from the other's."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gpt2cli import device
 from gpt2cli.errors import UserError
 
 Make = Callable[..., tuple[str, Callable[..., Any]]]  # -> a title, and what to call from then on
@@ -29,13 +31,14 @@ class Apart:
         self.title: str = self._answer()
 
     def __call__(self, *arguments: Any) -> Any:
-        self._connection.send(arguments)
+        with contextlib.suppress(BrokenPipeError):  # then the answer tells why
+            self._connection.send(arguments)
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             fine, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise UserError("a process under comparison has ended: see what it said above") from None
         if not fine:
             raise UserError(value)
@@ -57,5 +60,9 @@ def _serve(make: Make, arguments: tuple[Any, ...], missing: str, threads: int, c
         connection.send((False, missing or str(error)))
     except UserError as error:
         connection.send((False, str(error)))
-    except (EOFError, OSError):  # the other end has what it wanted
+    except (EOFError, OSError, KeyboardInterrupt):  # the other end has what it wanted
         return
+    except (MemoryError, RuntimeError) as error:
+        if not device.is_out_of_memory(error):
+            raise
+        connection.send((False, "out of memory: use a smaller --batch-size, --seq-len or --preset"))

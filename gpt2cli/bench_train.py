@@ -57,7 +57,7 @@ def our_training(
     def step() -> TimedStep:
         losses = []
         seconds = seconds_of(lambda: losses.append(update()[0]), on)
-        held = device.memory_peak(on) - (before if on.type == "cpu" else 0)
+        held = device.memory_peak(on) - (before if on.type != "cuda" else 0)
         return TimedStep(seconds, float(losses[0]), held)
 
     return "gpt2", step

@@ -59,7 +59,8 @@ def save(lines: Lines, path: Path) -> bool:
     axes = figure.subplots()
     for label, curve in curves.items():
         axes.plot([step for step, _ in curve], [loss for _, loss in curve], "o-" if label == "validation" else "-", label=label)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=path.parent.name)
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set_title(path.parent.name, parse_math=False)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -19,6 +19,9 @@ from gpt2cli import memory
 from gpt2cli.errors import UserError
 from gpt2cli.product import onednn, suits_onednn
 
+# What cuBLAS wants to give the same bits each time. It looks when the first matrix product runs, be that one of a benchmark.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -94,7 +97,6 @@ def set_up(seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product runs
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
     torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()

@@ -43,9 +43,9 @@ class Keeper:
             self._val_losses.append(loss if isinstance(loss, float) and math.isfinite(loss) else math.inf)
 
     def has_turned(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations, if that is not 0, were all above the lowest before them."""
+        """Whether none of the last `patience` evaluations, if that is not 0, was below the lowest before them."""
         before, last = self._val_losses[:-patience], self._val_losses[-patience:]
-        return bool(patience and before) and min(last) > min(before)
+        return bool(patience and before) and min(last) >= min(before)
 
     def tell(self, step: int, kind: str, message: str, **facts: Any) -> None:
         self._events.append(message)

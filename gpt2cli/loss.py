@@ -17,7 +17,8 @@ from gpt2cli.product import onednn, suits_onednn
 
 
 def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
-    """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. Measured on a CPU (README, "Bench")."""
+    """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. On a CPU 256 of fp32 and 512 of bf16
+    were as fast as any."""
     return 1024 // dtype.itemsize if device_type == "cpu" else 2048
 
 
@@ -81,7 +82,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Softmax of each row (n, V) in fp32, in place where the logits are that already."""
-    if logits.dtype != torch.float32 or torch.compiler.is_compiling():
+    """Softmax of each row (n, V) in fp32, on a CPU and CUDA in place where the logits are that already."""
+    if logits.dtype != torch.float32 or logits.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return logits.softmax(dim=1, dtype=torch.float32)
     return torch.softmax(logits, dim=1, out=logits)

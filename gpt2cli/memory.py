@@ -29,11 +29,15 @@ def peak() -> int:
 
 
 def total() -> int:
-    """Bytes of memory the machine has; 0 where the system does not tell."""
+    """Bytes of memory the machine has, or the container on it; 0 where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return machine
 
 
 def _linux(field: str) -> int:
@@ -74,6 +78,8 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     tokens = rows * seq_len
     # Of a block: its input, after attention, q, k and v, attention's output, both LayerNorms', before and after GELU.
     block = tokens * (2 * C * 4 + (3 * C + C + 2 * C + 2 * M) * width)
+    if train.attention == "math" or (model.attn_dropout and train.device == "cpu"):  # there attention's weights are kept
+        block += rows * model.n_head * seq_len * seq_len * 3 * width
     activations = L * tokens * C * 4 + 2 * block if train.activation_checkpointing else L * block
     n = min(tokens, loss_rows)
     # In low precision logits, their softmax in fp32 and its copy; a part of the gradient, and the weights in that dtype.

@@ -27,7 +27,7 @@ class StepMetrics:
     lr: float
     grad_norm: float  # before clipping
     tokens: int  # trained on so far
-    tokens_per_second: float  # of the training steps since the last such line
+    tokens_per_second: float  # of the training steps since the last look at the device
     elapsed: float  # seconds of the run, earlier sessions included
     memory: int = 0  # bytes at the peak so far, of the process or its part of the device
     val_loss: float | None = None

@@ -106,7 +106,7 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Jordan's coefficients, which leave them between 0.7 and 1.2. It is computed and returned in `dtype`."""
     X = G.to(dtype) if G.shape[1] <= G.shape[2] else G.to(dtype).mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype == torch.float32 and X.shape[2] >= 2 * X.shape[1]:
+    if dtype == torch.float32 and X.device.type == "cpu" and X.shape[2] >= 2 * X.shape[1]:
         X = _by_gram(X)
     else:
         for _ in range(5):
@@ -115,13 +115,13 @@ def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _polynomial(A: Tensor) -> Tensor:
-    """-4.7750 A + 2.0315 A^2, of symmetric (n, m, m). A step multiplies by 3.4445 I more, which 16 bits would not hold as well."""
+    """-4.7750 A + 2.0315 A^2, of symmetric (n, m, m). A step has 3.4445 I beside it, which 16 bits would not hold as well."""
     return times(A, A).mul_(2.0315).sub_(A, alpha=4.7750)
 
 
 def _by_gram(X: Tensor) -> Tensor:
     """The five steps on wide matrices (n, m, k), by the small A = X X^T alone: a step makes P X of X, so P A P of A, and X is
-    multiplied once, by all five P. Half the work where k = 4 m; in fp32 it is exact to 1e-4, for 16 bits it is not."""
+    multiplied once, by all five P. Half the work where k = 4 m; in fp32 it is exact to 1e-4, in TF32 it would not be."""
     A, product = times(X, X.mT), None
     for step in range(5):
         P = _polynomial(A)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from gpt2cli import atomic, checkpoint, device, documents, memory, probe
+from gpt2cli import atomic, checkpoint, device, documents
+from gpt2cli.batch import decide_batch, need
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.data import micro_steps
 from gpt2cli.errors import UserError, size
 from gpt2cli.formats import hub, huggingface
-from gpt2cli.loss import rows_at_once
 from gpt2cli.optim import best_lr
 from gpt2cli.provenance import provenance
 from gpt2cli.sources import Given, Source, check_sources, data_sha256, find_sources, find_vocabulary, to_json, weights_of
@@ -93,7 +93,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes expected at the peak, in each process."""
-        return _need(self.model, self.train, -(-self.rows // (self.world_size * self.accumulation)), self.world_size)
+        return need(self.model, self.train, -(-self.rows // (self.world_size * self.accumulation)), self.world_size)
 
     @property
     def disk(self) -> int:
@@ -191,8 +191,9 @@ def make_plan(
     check_sources(sources, train.seq_len or 1, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
     device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)
-    train = _decide_batch(train, model, world_size, notes)
-    train = _decide_length(train, model, sum(source.train_tokens for source in sources), bool(start), notes)
+    train_tokens = sum(source.train_tokens for source in sources)
+    train = decide_batch(train, model, train_tokens, world_size, notes)
+    train = _decide_length(train, model, train_tokens, bool(start), notes)
     plan = Plan(
         out=out,
         sources=sources,
@@ -268,33 +269,6 @@ def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -
     return replace(train, device=where.type, dtype=dtype, compile=compiled, log_every=log_every)
 
 
-def _decide_batch(train: TrainConfig, model: GPTConfig, world_size: int, notes: list[str]) -> TrainConfig:
-    """Micro-batch and accumulation: the most rows that pay, fit and divide the update."""
-    T = train.seq_len or model.block_size
-    rows = max(1, train.tokens_per_step // T)
-    B = train.batch_size
-    if B is None:
-        most = max(1, (4096 if train.device == "cpu" else 65536) // T)  # more tokens at a time are no faster
-        sizes = [b for b in range(min(rows, most), 0, -1) if rows % b == 0]
-        where, each = torch.device(train.device), -(-rows // world_size)
-        room = device.memory_total(where) * (0.7 if train.device == "cpu" else 0.95)
-        sizes = [b for b in sizes if not room or _need(model, train, min(b, each), world_size) < room] or [1]
-        if train.device == "cuda" and train.parallel == "ddp" and len(sizes) > 1:
-            B = probe.largest_batch(model, train, where, T, sizes)
-        B = B or sizes[0]
-    tokens_per_step = math.ceil(rows / B) * B * T
-    if tokens_per_step != train.tokens_per_step:
-        notes.append(f"{tokens_per_step:,} tokens a step: whole micro-steps of {B} rows of {T}")
-    return replace(train, batch_size=B, tokens_per_step=tokens_per_step)
-
-
-def _need(model: GPTConfig, train: TrainConfig, B: int, world_size: int) -> int:
-    """Bytes at the peak, in each process, with micro-steps of B rows."""
-    T = train.seq_len or model.block_size
-    loss_rows = rows_at_once(train.device, device.DTYPES[train.dtype])
-    return memory.of_training(model, train, rows=B, loss_rows=loss_rows, seq_len=T, world_size=world_size).total
-
-
 def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine_tuning: bool, notes: list[str]) -> TrainConfig:
     """Number of steps and learning rate."""
     B, T, tokens_per_step = train.batch_size or 1, train.seq_len or model.block_size, train.tokens_per_step
@@ -339,7 +313,8 @@ def _check_room(plan: Plan) -> list[str]:
         )
     if free < plan.disk:
         notes.append(f"the disk has {size(free)} free, but the checkpoints may need {size(plan.disk)}")
-    total = device.memory_total(plan.device)
-    if total and plan.memory > total:
-        notes.append(f"about {size(plan.memory)} of memory needed, {size(total)} there: lower --batch-size")
+    processes = plan.world_size if plan.device.type != "cuda" else 1
+    total, needed = device.memory_total(plan.device), plan.memory * processes
+    if total and needed > total:
+        notes.append(f"about {size(needed)} of memory needed, {size(total)} there: lower --batch-size")
     return notes

@@ -27,6 +27,9 @@ FREE = (
 )  # fmt: skip
 
 
+BEFORE = {"patience": 0}  # what runs did that were begun before it was a setting
+
+
 @dataclass(frozen=True)
 class Record:
     """What `run.json` says of the sessions before."""
@@ -46,7 +49,7 @@ class Record:
             return cls(
                 data=sources.Record.read(run["data"]),
                 model=from_dict(GPTConfig, run["model"], name),
-                train=from_dict(TrainConfig, run["train"], name),
+                train=from_dict(TrainConfig, BEFORE | run["train"], name),
                 init_from=run["init_from"] and str(atomic.from_home(run["init_from"])),
                 init_sha256=run["init_sha256"],
                 asked=dict(run["asked"]),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,10 +116,10 @@ class Run:
         batches, shares = self._ahead or self._load()
         self._ahead = None
         self._lr = planned_lr(progress.step, config)
-        device.seed_step(config.seed, progress.step, self.ranks.rank)
         try:
             if not self._believes_compiler:
                 self._check_compiled(batches[0])
+            device.seed_step(config.seed, progress.step, self.ranks.rank)
             self._loss, self._grad_norm = train_step(
                 self.engine,
                 self.optimizers,
@@ -146,7 +147,7 @@ class Run:
     def _check_compiled(self, batch: Batch) -> None:
         """Once in a session: what it computes is held against eager."""
         exact = self.plan.train.dtype == "fp32"
-        if why := agree_or_eager(self.model, self.engine, batch, self.precision, exact, self.ranks):
+        if why := agree_or_eager(self.model, batch, self.precision, exact, self.ranks):
             self.keeper.tell(self.progress.step, "eager", f"torch.compile is not used: {why}")
         self._believes_compiler = True
 
@@ -206,11 +207,8 @@ class Run:
     def catch_up(self) -> Iterator[StepMetrics]:
         """After a resume: the evaluation that was due at the checkpoint's step, where it was not finished any more."""
         step, config = self.progress.step, self.plan.train
-        known = checkpoint.evaluation(checkpoint.folder_of(self.plan.out, step)) if self.ranks.is_first else {}
+        known, logged = self._log_known_evaluation()
         lines = self.keeper.lines_of(step)
-        logged = any("val_loss" in line for line in lines)
-        if known and not logged:
-            self.keeper.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
         due = self.val_tokens and step and (step == self.plan.steps or is_due(step, config.eval_every))
         if not self.ranks.any(bool(self.ranks.is_first and due and not known)):
             return
@@ -220,10 +218,21 @@ class Run:
             if set(LOGGED) <= set(line):
                 yield StepMetrics(**{key: line[key] for key in LOGGED}, val_loss=val_loss, val_bits_per_byte=bits)
 
+    def _log_known_evaluation(self) -> tuple[dict[str, Any], bool]:
+        """What the checkpoint of this step says of its evaluation, which came after it was saved; and whether that had been
+        logged. Now it is."""
+        folder = checkpoint.folder_of(self.plan.out, self.progress.step)
+        known = checkpoint.evaluation(folder) if self.ranks.is_first else {}
+        logged = any("val_loss" in line for line in self.keeper.lines_of(self.progress.step))
+        if known and not logged:
+            self.keeper.add({key: known.get(key) for key in ("step", "val_loss", "val_bits_per_byte")})
+        return known, logged
+
     def tell_if_turned(self) -> None:
-        """Why the run ends here, where this session saw validation turn."""
+        """Why the run ends here, where validation has turned."""
         step, patience = self.progress.step, self.plan.train.patience
-        if self._trained and step < self.plan.steps and self.keeper.has_turned(patience):
+        told = any(line.get("event") == "turned" for line in self.keeper.lines_of(step))
+        if step < self.plan.steps and self.keeper.has_turned(patience) and not told:
             message = f"validation has turned: no lower loss in {patience} evaluations, so the run ends after step {step:,}"
             self.keeper.tell(step, "turned", message)
 
@@ -252,6 +261,7 @@ class Run:
         now.position, now.elapsed, now.rollbacks = before.position, before.elapsed, before.rollbacks + 1
         self.saved_step, self.owes_a_save = now.step, False
         self.keeper.begin_at(now)
+        self._log_known_evaluation()
         message = f"diverged at step {before.step:,} ({facts}): back to step {now.step:,}, with other data"
         self.keeper.tell(now.step, "rollback", message, rollbacks=now.rollbacks)
         return self.keeper.news(now.step)

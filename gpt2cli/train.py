@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from gpt2cli import atomic, checkpoint
 from gpt2cli.distributed import ALONE, Ranks
@@ -51,7 +52,7 @@ def train(
                 continue
             measured = run.measure(log)
             if step == 1 and not math.isfinite(measured.loss):
-                raise UserError(plan.never_finite(measured.loss))
+                ranks.first(partial(_refuse, plan, measured.loss))
             if run.bad >= run.bad_at_most:
                 events = run.roll_back()
                 yield replace(measured, step=run.progress.step, events=events)
@@ -69,6 +70,10 @@ def train(
         run.tell_if_turned()
         yield from run.finish()
         ranks.collect("")  # that all of it is there; with no limit to how long the disk takes
+
+
+def _refuse(plan: Plan, loss: float) -> None:
+    raise UserError(plan.never_finite(loss))
 
 
 def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2cli import TrainConfig, UserError, curve, device, make_plan, memory, metrics, probe, train
+from gpt2cli import TrainConfig, UserError, batch, curve, device, make_plan, memory, metrics, train
 from gpt2cli.compiled import agree_or_eager
 from gpt2cli.config import GPTConfig
 from gpt2cli.keeper import Keeper
@@ -53,13 +53,14 @@ def test_the_micro_batch_is_the_largest_that_fits_and_divides_the_update(text_fi
     tight = rows(int(need / 0.7 * 0.99))
     assert 1 <= tight.batch_size < 24 and 24 % tight.batch_size == 0 and tight.memory < need
     assert tight.rows == 24 and tight.accumulation * tight.batch_size == 24
+    assert rows(1 << 40).memory == need and 24 % rows(int(2 * need / 0.7)).batch_size == 0
     none = rows(need // 4)
     assert none.batch_size == 1 and any("of memory needed" in note for note in none.notes)
 
 
 def test_a_probe_takes_the_first_batch_that_does_not_run_out_of_memory(monkeypatch):
     tried = []
-    step = probe.train_step
+    step = batch.train_step
 
     def small_machine(model, optimizers, batches, **more):
         tried.append(len(batches[0][0]))
@@ -67,13 +68,13 @@ def test_a_probe_takes_the_first_batch_that_does_not_run_out_of_memory(monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(model, optimizers, batches, **more)
 
-    monkeypatch.setattr(probe, "train_step", small_machine)
+    monkeypatch.setattr(batch, "train_step", small_machine)
     config, settings = make_model().config, TrainConfig(dtype="fp32")
-    assert probe.largest_batch(config, settings, CPU, 16, [16, 8, 4, 2, 1]) == 4 and tried == [16, 8, 4, 4]
-    assert probe.largest_batch(config, settings, CPU, 16, [16, 8]) is None
-    monkeypatch.setattr(probe, "train_step", lambda *_, **__: 1 / 0)
+    assert batch.largest_batch(config, settings, CPU, 16, [16, 8, 4, 2, 1], 16) == 4 and tried == [16, 8, 4, 4]
+    assert batch.largest_batch(config, settings, CPU, 16, [16, 8], 16) is None
+    monkeypatch.setattr(batch, "train_step", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        probe.largest_batch(config, settings, CPU, 16, [4])
+        batch.largest_batch(config, settings, CPU, 16, [4], 2)
 
 
 # ==== early stop ====
@@ -136,7 +137,7 @@ def compiled_as(model, call):
     """As `model.compile()` would, with `call` for the compiler's work."""
     model._compiled_call_impl = call
     x = torch.randint(97, (2, 17))
-    return agree_or_eager(model, model, (x[:, :-1], x[:, 1:]), _plain, exact=True)
+    return agree_or_eager(model, (x[:, :-1], x[:, 1:]), _plain, exact=True)
 
 
 def _plain():
@@ -149,7 +150,7 @@ def test_compiled_code_that_agrees_stays_and_leaves_no_gradients():
     assert compiled_as(model, lambda *a, **k: call(*a, **k)) is None
     assert model._compiled_call_impl is not None and all(p.grad is None for p in model.parameters())
     model._compiled_call_impl = None
-    assert agree_or_eager(model, model, (torch.zeros(1, 1).long(),) * 2, _plain, exact=True) is None
+    assert agree_or_eager(model, (torch.zeros(1, 1).long(),) * 2, _plain, exact=True) is None
 
 
 def test_compiled_code_that_is_wrong_or_fails_is_not_used():
@@ -199,7 +200,7 @@ def test_training_in_bf16_stays_near_fp32(text_file):
         return [seen.loss for seen in train(new_plan(text_file, dtype, dtype=dtype, steps=20, eval_every=0, save_every=0))]
 
     exact, rounded = losses("fp32"), losses("bf16")
-    assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact and exact[-1] < exact[0] - 1
+    assert rounded == pytest.approx(exact, abs=0.02) and rounded != exact and exact[-1] < exact[0] - 0.5
 
 
 # ==== the curve ====
@@ -246,6 +247,6 @@ def test_a_run_ends_with_its_curve_its_best_checkpoint_and_tensorboard(text_file
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert "--log wandb is unknown" in gpt2(*command, "--out", "other", "--log", "wandb").err
-    monkeypatch.setattr("gpt2cli.commands.board.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     done = gpt2(*command, "--out", "other", "--log", "tensorboard")
     assert done.code == 1 and "pip install tensorboard" in done.err and not os.path.exists("other")

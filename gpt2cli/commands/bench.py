@@ -111,7 +111,7 @@ def train(
                 f"{row.flops / 1e9:,.0f}",
                 f"{row.mfu:.0%}",
                 size(row.memory),
-                f"{row.memory / rows[0].memory:.2f}x",
+                f"{row.memory / rows[0].memory:.2f}x" if rows[0].memory else "",
             )
             for row in rows
         ],

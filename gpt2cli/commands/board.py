@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import contextlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +19,25 @@ class Board:
     """Writes event files into `run`/tensorboard. Raises UserError where TensorBoard is not installed."""
 
     def __init__(self, run: Path, first_step: int) -> None:
-        self._run, self._first_step = run, first_step
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:  # not there, or not with this protobuf or numpy
+            raise UserError(f"--log tensorboard needs tensorboard: pip install tensorboard ({error})") from None
+        # What an interrupted session wrote after the checkpoint that this one goes on from will come again.
+        self._begin = partial(SummaryWriter, str(run / "tensorboard"), purge_step=first_step + 1)
         self._writer: Any = None  # not before the run has its folder
-        if not find_spec("tensorboard"):
-            raise UserError("--log tensorboard needs tensorboard: pip install tensorboard")
 
     def show(self, metrics: StepMetrics) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an interrupted session wrote after the checkpoint that this one goes on from will come again.
-            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._first_step + 1)
-        for name in SCALARS:
-            value = getattr(metrics, name)
-            if value is not None:
-                self._writer.add_scalar(name, value, metrics.step)
-        for n, sample in enumerate(metrics.samples):
-            self._writer.add_text(f"sample {n}", sample, metrics.step)
+        with contextlib.suppress(OSError):  # a full disk must not cost the run
+            self._writer = self._writer or self._begin()
+            for name in SCALARS:
+                value = getattr(metrics, name)
+                if value is not None:
+                    self._writer.add_scalar(name, value, metrics.step)
+            for n, sample in enumerate(metrics.samples):
+                self._writer.add_text(f"sample {n}", sample, metrics.step)
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()

@@ -144,6 +144,8 @@ def command(
     """
     if nproc is not None:
         raise typer.Exit(launch.start(nproc, context.obj))
+    if log not in (None, "tensorboard"):
+        raise UserError(f"--log {log} is unknown; expected tensorboard")
     stop = StopRequest(max_minutes)
     from gpt2cli.commands import console
     from gpt2cli.distributed import joined
@@ -222,8 +224,6 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
     from gpt2cli.commands.board import Board
     from gpt2cli.train import train
 
-    if log not in (None, "tensorboard"):
-        raise UserError(f"--log {log} is unknown; expected tensorboard")
     ranks.connect(plan.device)
     sample = sampler(plan)
     board = Board(plan.out, plan.first_step) if log and ranks.is_first else None
@@ -236,10 +236,10 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
         if board:
             stack.callback(board.close)
         for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
-            with contextlib.suppress(OSError):  # a terminal that went away, or a full disk, must not cost the run
+            with contextlib.suppress(OSError):  # a terminal that went away must not cost the run
                 display.show(last)
-                if board:
-                    board.show(last)
+            if board:
+                board.show(last)
     step = last.step if last else plan.first_step
     if ranks.is_first:
         print(plan.out)
