@@ -104,6 +104,9 @@ CHOICES = {
 }
 
 
+BEFORE = {"patience": 0}  # what a run does whose `run.json` was written before it was a setting
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained. `None` and `auto` are decided by `make_plan` and written to `run.json` as decided.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +12,10 @@ Points = list[tuple[int, float]]  # step, loss
 
 
 def points(lines: Lines, key: str) -> Points:
-    """Of `loss` or `val_loss`; where a step was logged twice, as after a rollback, the later one. What is not finite is left
-    out."""
-    found = {line["step"]: line[key] for line in lines if isinstance(line.get(key), float) and math.isfinite(line[key])}
-    return sorted(found.items())
+    """Of `loss` or `val_loss`; where a step was logged twice, as after a rollback, the later one. What cannot be drawn is left
+    out: the log is a file that anybody may change."""
+    found = {line["step"]: line[key] for line in lines if isinstance(line.get(key), float) and abs(line[key]) < 1e9}
+    return sorted((step, loss) for step, loss in found.items() if 0 < step < 1 << 53)
 
 
 def draw(lines: Lines, width: int = 64, height: int = 12) -> list[str]:

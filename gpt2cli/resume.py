@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt2cli import atomic, checkpoint, device, metrics, sources
-from gpt2cli.config import GPTConfig, TrainConfig, from_dict
+from gpt2cli.config import BEFORE, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.optim import planned_lr
@@ -25,9 +25,6 @@ FREE = (
     "steps", "device", "batch_size", "log_every", "eval_every", "patience", "save_every", "sample_every", "sample_prompt",
     "spike", "max_rollbacks", "deterministic", "parallel", "activation_checkpointing",
 )  # fmt: skip
-
-
-BEFORE = {"patience": 0}  # what runs did that were begun before it was a setting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2cli import TrainConfig, UserError, batch, curve, device, make_plan, memory, metrics, train
+from gpt2cli import TrainConfig, UserError, atomic, batch, curve, device, make_plan, memory, metrics, train
 from gpt2cli.compiled import agree_or_eager
 from gpt2cli.config import GPTConfig
 from gpt2cli.keeper import Keeper
@@ -106,6 +106,16 @@ def test_a_run_ends_when_validation_turns_and_a_resumed_one_ends_there_too(text_
     assert again.code == 0 and "ended after step 5" in again.err and "best checkpoint: run/step-000002" in again.err
     list(train(resume_plan(Path("run"), {"patience": 0})))
     assert steps == list(range(1, 13))
+
+
+def test_a_run_from_before_there_was_patience_keeps_its_ways(text_file, gpt2):
+    list(train(new_plan(text_file, "run", steps=2)))
+    record = atomic.read_sealed(Path("run/run.json"))
+    del record["train"]["patience"]
+    atomic.write_sealed(Path("run/run.json"), record)
+    assert resume_plan(Path("run"), {"steps": 4}).train.patience == 0
+    assert gpt2("train", "--config", "run/run.json", "--out", "again").code == 0
+    assert atomic.read_json(Path("again/run.json"))["train"]["patience"] == 0
 
 
 # ==== what cannot be meant, or cannot work ====
@@ -220,6 +230,8 @@ def test_the_curve_falls_from_left_to_right():
     assert heights == sorted(heights) and heights[0] == 0
     assert sum(row.count("○") for row in rows) == 1 and rows[5].endswith("○")
     assert curve.draw([]) == curve.draw(LINES[:1]) == []
+    strange = [{"step": 10**400, "loss": 1.0}, {"step": -1, "loss": 2.0}, {"step": 3, "loss": 1e308}, {"step": 4, "loss": "x"}]
+    assert curve.draw(LINES + strange, width=50, height=10) == [*rows, axis]
     assert len(curve.draw([{"step": n, "loss": 2.0} for n in (1, 2)])) == 13  # a flat one
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from gpt2cli.atomic import from_home, read_json
+from gpt2cli.config import BEFORE
 from gpt2cli.errors import UserError
 
 
@@ -68,7 +69,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         try:
             start = run["init_from"] and str(from_home(run["init_from"]))
             context.meta["data_sha256"] = run["data"].get("sha256")
-            values, data = run["model"] | run["train"] | {"init_from": start}, run["data"]["given"]
+            values, data = BEFORE | run["model"] | run["train"] | {"init_from": start}, run["data"]["given"]
             data = {str(from_home(p)): w for p, w in data.items()} if isinstance(data, dict) else str(from_home(data))
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
