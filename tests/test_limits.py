@@ -30,7 +30,8 @@ CPU = torch.device("cpu")
 def test_the_plan_predicts_the_peak_within_a_quarter(text_file, more):
     if more.get("dtype") == "bf16" and not device.has_bf16(CPU):
         pytest.skip("this CPU has no bf16 arithmetic")
-    settings = {"dtype": "fp32", "device": "cpu", "steps": 3, "save_every": 2, "seq_len": 128, "eval_tokens": 512} | more
+    settings = {"dtype": "fp32", "device": "cpu", "steps": 3, "save_every": 2, "seq_len": 128}
+    settings |= {"tokens_per_step": 1024, "eval_tokens": 512} | more
     program = f"""
 from pathlib import Path
 from gpt2cli import TrainConfig, make_plan, memory, train

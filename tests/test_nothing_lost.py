@@ -486,7 +486,9 @@ def test_a_run_that_diverges_again_and_again_stops_with_the_facts(gpt2, text_fil
     assert done.err.count("note: diverged") == 2
 
 
-def test_a_learning_rate_that_is_absurd_is_said_within_seconds(gpt2, text_file):
-    options = ("--lr", 1e30, "--warmup-steps", 0, "--optimizer", "adamw", "--grad-clip", 1e30, "--steps", 1000)
+def test_a_learning_rate_that_is_absurd_is_said_within_seconds(gpt2, text_file, monkeypatch):
+    assert "with which nothing can be learned" in gpt2("train", text_file, *QUICK, "--lr", 1e30).err
+    monkeypatch.setattr("gpt2cli.run.planned_lr", lambda step, config: 1e30)  # one that only the training finds out
+    options = ("--warmup-steps", 0, "--optimizer", "adamw", "--grad-clip", 1e30, "--steps", 1000)
     done = gpt2("train", text_file, *QUICK, *options, "--out", "run")
     assert done.code == 1 and "lower --lr" in done.err.splitlines()[-1] and "diverged at step" in done.err
