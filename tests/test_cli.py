@@ -209,6 +209,15 @@ def test_a_reader_that_leaves_is_no_error(run_folder):
     assert process.wait(timeout=60) == 0 and "Traceback" not in err and "error" not in err.lower()
 
 
+def test_a_live_line_has_a_bar_in_the_room_that_is_left():
+    from gpt2cli.commands.console import in_a_row
+
+    parts = ["step 75/80", "loss 2.9035", "val 5.2281", "1,123 tokens/s", "61% MFU", "1.7 GB", "ETA 0:10"]
+    assert in_a_row(parts, 0.5, 120).plain == "━" * 10 + "─" * 10 + "  " + "  ".join(parts)
+    assert in_a_row(parts, 0.5, 80).plain == "  ".join(parts)
+    assert in_a_row(parts, 0.5, 70).plain == " ".join(parts)
+
+
 # ==== mistakes ====
 
 

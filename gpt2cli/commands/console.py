@@ -189,14 +189,22 @@ class TrainDisplay:
             f"step {metrics.step:,}/{self.plan.steps:,}",
             f"loss {metrics.loss:.4f}",
             *([f"val {self.val.val_loss:.4f}"] if self.val else []),
-            f"lr {metrics.lr:.1e}",
+            *([f"lr {metrics.lr:.1e}"] if not self.live else []),
             f"{metrics.tokens_per_second:,.0f} tokens/s",
-            f"{mfu:.0%} of the matmul rate",
+            f"{mfu:.0%} of the matmul rate" if not self.live else f"{mfu:.0%} MFU",
             *([size(metrics.memory)] if metrics.memory else []),
             f"ETA {seconds(left)}",
         ]
-        filled = round(20 * metrics.step / self.plan.steps)
-        return Text("  ".join(parts)) if not self.live else Text(f"{'━' * filled}{'─' * (20 - filled)}  " + "  ".join(parts))
+        return Text("  ".join(parts)) if not self.live else in_a_row(parts, metrics.step / self.plan.steps, stderr.width)
+
+
+def in_a_row(parts: Sequence[str], done: float, width: int) -> Text:
+    """Of a live line what fits `width` columns, with a bar in the room that is left."""
+    line = "  ".join(parts)
+    line = line if len(line) < width else " ".join(parts)
+    bar = min(20, max(0, width - len(line) - 3))
+    filled = round(bar * done)
+    return Text(f"{'━' * filled}{'─' * (bar - filled)}{'  ' if bar else ''}{line}")
 
 
 def show_curve(drawn: Sequence[str]) -> None:
