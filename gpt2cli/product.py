@@ -1,6 +1,6 @@
 """`x @ W.T`, and what its backward pass multiplies, by the fastest library at hand.
 
-In fp32 on a CPU torch asks MKL, where oneDNN, which is in torch as well, was 1.05 to 1.6 times as fast on an AMD machine at the
+In fp32 on a CPU torch asks MKL, where oneDNN, which is in torch as well, was 1.0 to 1.6 times as fast on an AMD machine at the
 shapes of training. Of the three products of a linear layer that holds for the output and for the gradient of x; that of the
 weight stays with MKL, which is a tenth faster there.
 """

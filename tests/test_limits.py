@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch's build for CUDA takes other memory, which was not measured")
 @pytest.mark.parametrize("more", [{}, {"optimizer": "adamw", "dtype": "bf16", "batch_size": 2}])
 def test_the_plan_predicts_the_peak_within_a_quarter(text_file, more):
     if more.get("dtype") == "bf16" and not device.has_bf16(CPU):
