@@ -1,4 +1,4 @@
-"""How many rows at a time: the most that pay and fit, by a model of the memory, and on a GPU by trying what it suggests."""
+"""How many rows at a time: the most that fit, by a model of the memory, and on a GPU by trying what it suggests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
 from gpt2cli.step import train_step
 
-PAYS = {"cuda": 65536}  # tokens at a time, more of which are no faster; elsewhere 4,096
+MOST = {"cuda": 65536}  # tokens at a time; elsewhere 4,096
 SPARE = 0.05  # part of a GPU's memory that the trial leaves free, for what a compiler and a gap between tensors take
 
 
 def decide_batch(train: TrainConfig, model: GPTConfig, train_tokens: int, world_size: int, notes: list[str]) -> TrainConfig:
-    """Micro-batch and tokens of an update: where no `batch_size` is given, the most rows that divide the update, pay, fit the
-    memory and the text."""
+    """Micro-batch and tokens of an update: where no `batch_size` is given, the most rows up to MOST tokens that divide the
+    update and fit the memory and the text."""
     T = train.seq_len or model.block_size
     rows = max(1, train.tokens_per_step // T)
     B = train.batch_size or _largest(train, model, train_tokens, rows, world_size)
@@ -36,7 +36,7 @@ def decide_batch(train: TrainConfig, model: GPTConfig, train_tokens: int, world_
 def _largest(train: TrainConfig, model: GPTConfig, train_tokens: int, rows: int, world_size: int) -> int:
     where, T = torch.device(train.device), train.seq_len or model.block_size
     each = -(-rows // world_size)  # rows of a rank
-    most = max(1, PAYS.get(where.type, 4096) // T)
+    most = max(1, MOST.get(where.type, 4096) // T)
     sizes = [b for b in range(min(rows, most), 0, -1) if rows % b == 0 and (b * T < train_tokens or b == 1)]
     # A GPU is a rank's own; other memory is shared by the ranks, and with everything else.
     room = device.memory_total(where) * (0.95 if where.type == "cuda" else 0.7 / world_size)
@@ -50,7 +50,7 @@ def need(model: GPTConfig, train: TrainConfig, rows: int, world_size: int = 1) -
     """Bytes at the peak, in each process, with micro-steps of so many rows."""
     T = train.seq_len or model.block_size
     loss_rows = rows_at_once(train.device, device.DTYPES[train.dtype])
-    return memory.of_training(model, train, rows=rows, loss_rows=loss_rows, seq_len=T, world_size=world_size).total
+    return memory.of_training(model, train, rows=rows, loss_rows=loss_rows, seq_len=T, world_size=world_size)
 
 
 def largest_batch(

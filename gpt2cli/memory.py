@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2cli.config import GPTConfig, TrainConfig
@@ -49,23 +48,9 @@ def _linux(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a training step of one process holds at its peak, in bytes."""
-
-    state: int  # weights, gradients, what the optimizer keeps
-    activations: int  # of the blocks, kept for the backward pass
-    loss: int  # a chunk of logits and what is made of it
-    host: int  # on a CPU: the interpreter with torch, a copy of the state while it is written, gaps between tensors
-
-    @property
-    def total(self) -> int:
-        return self.state + self.activations + self.loss + self.host
-
-
-def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: int, seq_len: int, world_size: int = 1) -> Need:
-    """For micro-steps of `rows` rows of `seq_len` tokens, whose logits are made for `loss_rows` tokens at a time. Measured
-    peaks were within 25% of it (README, "Train")."""
+def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: int, seq_len: int, world_size: int = 1) -> int:
+    """Bytes a process holds at its peak, with micro-steps of `rows` rows of `seq_len` tokens, whose logits are made for
+    `loss_rows` tokens at a time. On a CPU measured peaks were within 25% of it (README, "Train")."""
     C, V, L, M = model.n_embd, model.vocab_size, model.n_layer, model.inner_size
     N = model.num_parameters()
     hidden = L * (4 * C * C + 2 * C * M)  # the blocks' matrices, of which Muon keeps one number, AdamW two
@@ -85,7 +70,7 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     # In low precision logits, their softmax in fp32 and its copy; a part of the gradient, and the weights in that dtype.
     loss = n * V * (2 + 4 + 2) + V * C * 4 + 2 * N if low else n * V * 4
     embedding = V * C * 4  # its gradient as an input, beside that as an output
-    host = 0
-    if train.device == "cpu":
-        host = INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
-    return Need(4 * held, activations, loss + embedding, host)
+    need = 4 * held + activations + loss + embedding
+    if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors
+        need += INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
+    return need

@@ -98,12 +98,12 @@ def hf_training(
     AdamW, clipping."""
     if optimizer != "adamw":
         raise UserError("--compare hf trains with AdamW: leave out --optimizer")
-    import transformers
+    from transformers import GPT2Config, GPT2LMHeadModel, __version__  # which loads what it names, and only then
 
     before = memory.resident()
     device = torch.device(where)
-    theirs = transformers.GPT2Config.from_dict(huggingface.config_to_json(config, torch.float32, eot=None))
-    model = transformers.GPT2LMHeadModel(theirs).train()
+    theirs = GPT2Config.from_dict(huggingface.config_to_json(config, torch.float32, eot=None))
+    model = GPT2LMHeadModel(theirs).train()
     model.to(device)
     if compile:
         model.compile()
@@ -126,7 +126,7 @@ def hf_training(
         held = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory.peak() - before
         return TimedStep(seconds, float(loss.detach()), held)
 
-    return f"transformers {transformers.__version__}", step
+    return f"transformers {__version__}", step
 
 
 PEERS: dict[str, Make] = {"hf": hf, "ctranslate2": ctranslate2, "llamacpp": llamacpp}

@@ -51,7 +51,7 @@ def test_our_side_of_the_training_bench_is_the_products_step(monkeypatch):
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, block_size=16)
     title, step = bench_train.our_training(config, "cpu", "fp32", "adamw", 2, 16, False)
     timed = step()
-    assert title == "gpt2" and steps[0]["grad_clip"] == 1.0 and timed.loss == 2.5 and timed.seconds > 0 and timed.memory >= 0
+    assert title == "gpt2" and steps[0]["grad_clip"] == 1.0 and timed.loss == 2.5 and timed.seconds > 0
 
 
 def test_training_is_timed_beside_transformers_in_processes_of_their_own(gpt2):
