@@ -89,9 +89,7 @@ def command(
         return looking.decode(inputs, tokens_range, encoding if tokenizer else None)
     if show:
         return looking.show(corpus.pieces(paths, encoding, policy), encoding, errors)
-    if out is None:
-        first = "stdin" if inputs[0] == "-" else paths[0].resolve().name.split(".")[0] or "text"
-        out = Path(f"{first}-tokens")
+    out = out or folder_for(inputs[0])
     how = {"encoding": encoding, "policy": policy, "train_vocab": train_vocab, "layout": to}
     manifest = write_shards(paths, out, **how, workers=workers, shard_tokens=shard_tokens)
     console.note(
@@ -102,6 +100,12 @@ def command(
         console.print_json(asdict(manifest) | {"out": str(out)})
     else:
         print(out)
+
+
+def folder_for(first: str) -> Path:
+    """Where the shards go by default: the name of the first input, with -tokens."""
+    name = "stdin" if first == "-" else Path(first).resolve().name.split(".")[0] or "text"
+    return Path(f"{name}-tokens")
 
 
 def write_shards(paths: Sequence[Path], out: Path, **how: Any) -> Manifest:

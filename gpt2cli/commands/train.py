@@ -240,10 +240,17 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
                 display.show(last)
             if board:
                 board.show(last)
-    step = last.step if last else plan.first_step
     if ranks.is_first:
         print(plan.out)
-        report(plan, step)
+        report(plan, last.step if last else plan.first_step)
+    return say_how_it_ended(plan, last.step if last else None, stop, ranks)
+
+
+def say_how_it_ended(plan: Plan, got_to: int | None, stop: StopRequest, ranks: Ranks) -> int:
+    """The last lines, and the exit status; `got_to` is the step this session reached, None where there was nothing to do."""
+    from gpt2cli.commands import console
+
+    step = plan.first_step if got_to is None else got_to
     if ranks.any(step < plan.steps and stop.was_asked):
         done = f"after step {step:,}, which is saved" if step else "before the first step"
         console.note(f"stopped{stop.by} {done}; continue with: gpt2 train --resume --out {plan.out}{plan.nproc}")
@@ -252,7 +259,7 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
         return 128 + (stop.number or signal.SIGTERM)
     if step < plan.steps:
         console.note(f"{plan.out} ended after step {step:,}, since validation had turned; --resume --patience 0 goes on")
-    elif last is None:
+    elif got_to is None:
         console.note(f"{plan.out} is finished: {plan.steps:,} steps; go on with --steps N")
     console.note(f"sample from it with: gpt2 sample {plan.out} --prompt ...")
     return 0
