@@ -5,23 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt2cli.ahead import put
 from gpt2cli.config import GPTConfig
+
+ALIGNED = 8  # CUDA's kernels want masks of such lengths
 
 
 class KVCache:
-    """Allocated once for B rows of up to `size` tokens: two tensors (n_layer, B, nh, size, hs). Rows may hold different
-    numbers of tokens; a prompt enters one row (see `row`), then all of the first `active` rows take one token at a time."""
+    """Allocated once for B rows of at least `size` tokens: two tensors (n_layer, B, nh, size, hs). Rows may hold different
+    numbers of tokens, `lengths`, which its owner counts. A prompt enters one `row`; then all of the first `rows` take one
+    token more at a time."""
 
     def __init__(self, config: GPTConfig, B: int, size: int, like: Tensor) -> None:
-        shape = config.n_layer, B, config.n_head, size, config.head_size
+        self.size = -(-size // ALIGNED) * ALIGNED
+        shape = config.n_layer, B, config.n_head, self.size, config.head_size
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # what is masked must not be NaN
-        self.lengths = [0] * B  # tokens held
-        self.size, self.active = size, B
-        self._at: Tensor | None = None  # (B) where the new tokens go, where that differs from row to row
-        self._mask: Tensor | None = None  # (B, 1, 1, S)
+        self.lengths = [0] * B
+        self.at = torch.zeros(B, dtype=torch.int64, device=like.device)  # the lengths, as last told to the device
 
     def row(self, n: int) -> OneRow:
         return OneRow(self, n)
+
+    def rows(self, B: int) -> Even | Masked:
+        lengths = self.lengths[:B]
+        if min(lengths) == max(lengths):
+            return Even(self, B, lengths[0])
+        self.tell()
+        return Masked(self, B, max(lengths) + 1)
+
+    def tell(self) -> None:
+        """Let the device know the lengths."""
+        put(self.at, self.lengths)
 
     def copy(self, source: int, target: int) -> None:
         """Make one row what another one is."""
@@ -30,37 +44,12 @@ class KVCache:
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
         self.lengths[target] = length
 
-    # ==== one more token for each active row, see `model.Cache` ====
 
-    def positions(self, T: int) -> Tensor:
-        lengths = self.lengths[: self.active]
-        if T != 1 or max(lengths) >= self.size:
-            raise ValueError(f"{T} tokens at once after {lengths} of {self.size} in the cache")
-        self._at = self._mask = None
-        if min(lengths) == max(lengths):
-            return torch.tensor([lengths[0]], device=self.k.device)
-        self._at = torch.tensor(lengths, device=self.k.device)
-        held = torch.arange(max(lengths) + 1, device=self.k.device)
-        self._mask = (held <= self._at[:, None])[:, None, None]
-        return self._at[:, None]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        B, end = self.active, max(self.lengths[: self.active]) + 1
-        if self._at is None:
-            self.k[layer, :B, :, end - 1 : end] = k
-            self.v[layer, :B, :, end - 1 : end] = v
-        else:
-            rows = torch.arange(B, device=k.device)
-            self.k[layer, rows, :, self._at] = k[:, :, 0]
-            self.v[layer, rows, :, self._at] = v[:, :, 0]
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end], self._mask
-
-    def advance(self, T: int) -> None:
-        self.lengths[: self.active] = [length + T for length in self.lengths[: self.active]]
+# ==== ways in, see `model.Cache` ====
 
 
 class OneRow:
-    """A row of a cache for a prompt to enter, in one forward pass of all of its tokens."""
+    """A row for a prompt to enter, in one forward pass of all of its tokens."""
 
     def __init__(self, cache: KVCache, n: int) -> None:
         self._cache, self._n = cache, n
@@ -68,10 +57,46 @@ class OneRow:
     def positions(self, T: int) -> Tensor:
         return torch.arange(T, device=self._cache.k.device)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         self._cache.k[layer, self._n, :, : k.shape[2]] = k[0]
         self._cache.v[layer, self._n, :, : v.shape[2]] = v[0]
         return k, v, None
 
-    def advance(self, T: int) -> None:
-        self._cache.lengths[self._n] = T
+
+class Even:
+    """One more token for each of B rows that hold as many."""
+
+    def __init__(self, cache: KVCache, B: int, length: int) -> None:
+        self._cache, self._B, self._length = cache, B, length
+
+    def positions(self, T: int) -> Tensor:
+        return torch.tensor([self._length], device=self._cache.k.device)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        held_k, held_v = self._cache.k[layer, : self._B], self._cache.v[layer, : self._B]
+        end = self._length + 1
+        held_k[:, :, end - 1 : end] = k
+        held_v[:, :, end - 1 : end] = v
+        return held_k[:, :, :end], held_v[:, :, :end], None
+
+
+class Masked:
+    """One more token for each of B rows, where the device has been told how many they hold. S tokens of each are read, and
+    those beyond its own are masked: the same shapes for every token, which is what a CUDA graph wants."""
+
+    def __init__(self, cache: KVCache, B: int, S: int) -> None:
+        self._cache, self._B, self._S = cache, B, S
+
+    def positions(self, T: int) -> Tensor:
+        at, held = self._cache.at[: self._B, None], torch.arange(self._S, device=self._cache.k.device)
+        mask = self._cache.k.new_zeros(self._B, self._S).masked_fill(held > at, -torch.inf)
+        self._mask = mask[:, None, None]  # (B, 1, 1, S), added to the scores
+        heads, size = self._cache.k.shape[2], self._cache.k.shape[4]
+        self._at = at[:, None, None].expand(-1, heads, 1, size)  # (B, nh, 1, hs)
+        return at
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        held_k, held_v = self._cache.k[layer, : self._B], self._cache.v[layer, : self._B]
+        held_k.scatter_(2, self._at, k)
+        held_v.scatter_(2, self._at, v)
+        return held_k[:, :, : self._S], held_v[:, :, : self._S], self._mask

@@ -42,11 +42,8 @@ class Cache(Protocol):
         """Where the next T tokens of each row stand: (T), or (B, 1) where rows hold different numbers of tokens."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the new tokens' (B, nh, T, hs) to a layer; return all of the layer's, (B, nh, S, hs) each, and which of them
-        each row may see, (B, 1, 1, S), where that is not the usual."""
-
-    def advance(self, T: int) -> None:
-        """All layers have been extended by T."""
+        """Add the new tokens' (B, nh, T, hs) to a layer; return all of the layer's, (B, nh, S, hs) each, and where a row may
+        not see all of them what is added to its scores, (B, 1, 1, S), 0 or -inf."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -170,8 +167,6 @@ class GPT(nn.Module):
         for block in self.h:
             keep = not (self.checkpointing and self.training)
             x = block(x, cache) if keep else checkpoint(block, x, use_reentrant=False)
-        if cache is not None:
-            cache.advance(T)
         return self.ln_f(x)  # (B, T, C)
 
     def head(self, x: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def hf_training(
     before = memory.resident()
     device = torch.device(where)
     theirs = GPT2Config.from_dict(huggingface.config_to_json(config, torch.float32, eot=None))
+    torch.manual_seed(0)
     model = GPT2LMHeadModel(theirs).train()
     model.to(device)
     if compile:

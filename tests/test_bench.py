@@ -62,8 +62,10 @@ def test_training_is_timed_beside_transformers_in_processes_of_their_own(gpt2):
     assert ours["tokens_per_second"] == pytest.approx(16 / ours["seconds"])
     assert ours["flops"] == pytest.approx(16 * GPTConfig(block_size=1024).flops_per_token(16) / ours["seconds"])
     assert 0 < ours["mfu"] < 1 and theirs["mfu"] / ours["mfu"] == pytest.approx(theirs["of_ours"])
-    for row in (ours, theirs):  # random weights know nothing; weights, gradients and two moments are in memory
-        assert row["loss"] == pytest.approx(math.log(50257), abs=0.2) and row["memory"] > 4 * 4 * result["parameters"]
+    for row in (ours, theirs):  # logits of random weights have a variance of C * 0.02^2; the mean of 16 losses strays by 0.14
+        assert row["loss"] == pytest.approx(math.log(50257) + 768 * 0.02**2 / 2, abs=0.7)
+        # weights, gradients and two moments are in memory
+        assert row["memory"] > 4 * 4 * result["parameters"]
     assert "--compare vllm is unknown" in gpt2(*command, "--compare", "vllm").err
     assert "trains with AdamW" in gpt2(*command, "--compare", "hf", "--optimizer", "muon").err
 

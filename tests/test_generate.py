@@ -2,7 +2,9 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.generate import continue_all, generate
@@ -41,9 +43,68 @@ def continuations(model, prompts, config, **options):
     return [(ids, logprobs, reasons[0]) for ids, logprobs, reasons in found]
 
 
+LOOKS = {torch.ops.aten.is_nonzero, torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph is, on any device: the operations of some work are kept with the tensors they read and wrote, and a
+    replay does them again in the same memory, without the program that gave them. Recording computes nothing, and a look at
+    a value is an error."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.operations, self.before = [], {}
+        with self:
+            work()
+        for storage, before in self.before.values():
+            storage.copy_(before)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in LOOKS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if operation._schema.is_mutable:
+            storage = args[0].untyped_storage()
+            self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for there, new in zip(tensors_of(result), tensors_of(again), strict=True):
+                if there.data_ptr() != new.data_ptr():  # neither in place nor a view
+                    there.copy_(new)
+
+
+def tensors_of(result):
+    return [one for one in (result if isinstance(result, tuple | list) else [result]) if isinstance(one, torch.Tensor)]
+
+
+class HereToo(Graphs):
+    """Graphs on a CPU."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.used = True
+
+    def _record(self, work):
+        return Recorded(work)
+
+
+@pytest.fixture(params=["step by step", "ahead, from records"])
+def both_ways(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    if request.param != "step by step":
+        monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", HereToo)
+        sort = lambda probabilities, top_p: probabilities.sort(dim=-1, descending=True)  # noqa: E731
+        monkeypatch.setattr(sys.modules["gpt2cli.sampling"], "_likeliest", sort)
+
+
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("shape", [{}, {"n_head": 5, "n_embd": 80, "block_size": 17, "n_layer": 3}, {"block_size": 4}])
 def test_greedy_with_a_cache_is_greedy_by_full_forward(shape):
     model = make_model(**shape)
@@ -52,6 +113,7 @@ def test_greedy_with_a_cache_is_greedy_by_full_forward(shape):
     assert PROMPT + new == by_full_forward(model, PROMPT, len(new))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_sliding_sees_exactly_the_last_block_size_tokens():
     model = make_model(block_size=9)
     slide = SamplingConfig(greedy=True, max_new_tokens=40, overflow="slide")
@@ -70,6 +132,7 @@ def test_greedy_is_transformers_greedy(tmp_path):
     assert PROMPT + first_row(generate(model, PROMPT, SamplingConfig(greedy=True, max_new_tokens=25))) == expected
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_sample_does_not_depend_on_its_neighbours():
     model = make_model()
     config = SamplingConfig(max_new_tokens=20, seed=11)
@@ -79,6 +142,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     assert len(set(together)) == 3
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_top_k_of_one_is_greedy_and_ids_beyond_the_tokenizers_are_never_chosen():
     model = make_model()
     one = SamplingConfig(max_new_tokens=20, top_k=1)
@@ -89,6 +153,7 @@ def test_top_k_of_one_is_greedy_and_ids_beyond_the_tokenizers_are_never_chosen()
     assert max(first_row(generate(model, PROMPT, wild, n_vocab=10))) < 10
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
     model = make_model()
     config = SamplingConfig(max_new_tokens=20)
@@ -104,6 +169,7 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
 MANY = [[5, 3, 8], [1], [9, 9, 2, 4, 4, 1, 7], [3, 3], list(range(20)), [5, 3, 8], [60, 61]]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
 @pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 4}, {"seed": 4, "repetition_penalty": 1.4, "top_k": 9}])
 def test_a_prompt_in_a_batch_is_the_prompt_alone_whatever_its_neighbours_lengths(rows, options):
@@ -117,6 +183,7 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone_whatever_its_neighbours_lengths
         assert together[n][1] == pytest.approx(logprobs, abs=1e-4)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("rows", [2, 4])
 def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows):
     model = make_model(block_size=9)
@@ -128,6 +195,16 @@ def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows):
     assert ends == ["length", "context", "length"]
 
 
+@pytest.mark.usefixtures("both_ways")
+def test_a_row_that_filled_its_context_leaves_the_others_alone():
+    model, prompts = make_model(block_size=8), [[2], [3, 4], [1] * 7]
+    found = continuations(model, prompts, SamplingConfig(greedy=True, max_new_tokens=6))
+    assert [reason for _, _, reason in found] == ["length", "length", "context"]
+    for prompt, (ids, _, _) in zip(prompts, found, strict=True):
+        assert prompt + ids == by_full_forward(model, prompt, len(ids))
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_log_probabilities_are_the_models_own():
     model = make_model()
     config = SamplingConfig(max_new_tokens=6, temperature=2.0, top_k=5, repetition_penalty=1.5)
@@ -137,6 +214,7 @@ def test_log_probabilities_are_the_models_own():
     assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_caller_can_end_a_prompt():
     model = make_model()
     config = SamplingConfig(greedy=True, max_new_tokens=20)
@@ -146,6 +224,7 @@ def test_a_caller_can_end_a_prompt():
     assert stopped[1] == (free[1][0][: at + 1], [], "stop") and stopped[0] == free[0] and stopped[2] == free[2]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_row_that_moves_in_the_batch_keeps_what_it_has_seen():
     model = make_model()
     config = SamplingConfig(greedy=True, max_new_tokens=9, repetition_penalty=2.0)
@@ -153,6 +232,69 @@ def test_a_row_that_moves_in_the_batch_keeps_what_it_has_seen():
     assert len(together[0][0]) == 1
     for prompt, (ids, _, _) in list(zip(MANY, together, strict=True))[1:]:
         assert continuations(model, [prompt], config)[0][0] == ids
+
+
+class Counted(HereToo):
+    """Counts what is done step by step, recorded, and replayed."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.counts, self.records = {}, 0
+        type(self).latest = self
+
+    def _record(self, work):
+        self.records += 1
+        return super()._record(work)
+
+    def run(self, key, work):
+        self.counts[key] = self.counts.get(key, 0) + 1
+        super().run(key, work)
+
+
+def test_few_graphs_are_made_and_they_are_used(monkeypatch):
+    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", Counted)
+    config = SamplingConfig(greedy=True, max_new_tokens=25)
+    list(generate(make_model(), PROMPT, config))
+    assert Counted.latest.counts == {("choose", 1): 25, ("step", 1, 32): 24}  # after the last token no step is wanted
+    assert Counted.latest.records == 2
+    continuations(make_model(), MANY, config, rows=5, stop=lambda prompt, token: prompt < 4)  # three are left, two end
+    assert {key[1] for key in Counted.latest.counts} == {5, 2}
+    many = make_model(block_size=300)
+    list(generate(many, PROMPT, SamplingConfig(greedy=True, max_new_tokens=290), num_samples=9))
+    reaches = [key[2] for key in Counted.latest.counts if key[0] == "step"]
+    assert reaches == [128, 256, 296]  # of many rows no more is read than there is
+
+
+def test_where_recording_fails_decoding_goes_on_without(monkeypatch):
+    """Here it fails since top-p looks, on a CPU, whether the likeliest are enough."""
+    model, config = make_model(), SamplingConfig(max_new_tokens=20, seed=3)
+    expected = first_row(generate(model, PROMPT, config))
+    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", HereToo)
+    with pytest.warns(UserWarning, match="CUDA graphs do not work here, so decoding is slower: operation not permitted"):
+        assert first_row(generate(model, PROMPT, config)) == expected
+
+
+def test_numbers_go_to_a_device_and_come_back():
+    there = torch.zeros(3, dtype=torch.int64)
+    put(there, [4, 5])
+    back = Readback(there, there.float())
+    back.start()
+    there.zero_()
+    assert back.lists() == [[4, 5, 0], [4.0, 5.0, 0.0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 4, "repetition_penalty": 1.4, "min_p": 0.01}])
+def test_on_cuda_graphs_decode_what_a_cpu_does(options, recwarn):
+    """In fp32, where the two best logits of a random model are hardly ever as near as rounding."""
+    config = SamplingConfig(max_new_tokens=9, **options)
+    expected = continuations(make_model(), MANY, config, rows=3, logprobs=True)
+    found = continuations(make_model().cuda(), MANY, config, rows=3, logprobs=True)
+    assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
+    assert [(ids, reason) for ids, _, reason in found] == [(ids, reason) for ids, _, reason in expected]
+    for (_, ours, _), (_, theirs, _) in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-2)  # TF32
 
 
 def test_the_repetition_penalty_is_transformers(tmp_path):
@@ -277,6 +419,7 @@ def test_a_prepared_model_is_not_saved_as_if_it_were_one(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_what_would_reach_the_end_of_the_context_can_be_refused():
     config = SamplingConfig(max_new_tokens=30, overflow="error")
     with pytest.raises(UserError, match="30 more do not fit the context of 32"):

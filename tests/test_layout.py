@@ -14,7 +14,7 @@ ROOMS = [
     "vocabulary", "corpus", "product", "device", "distributed", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "step", "compiled", "batch", "plan",
     "resume", "together", "run", "train", "verify", "curve",
-    "cache", "sampling", "generate", "identify", "prove", "convert", "linear", "complete",
+    "ahead", "cache", "sampling", "generate", "identify", "prove", "convert", "linear", "complete",
     "apart", "peers", "bench", "bench_train", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
@@ -55,9 +55,10 @@ MAY_IMPORT = {
     "train": "atomic checkpoint distributed metrics model plan run",
     "curve": "",
     "verify": "atomic checkpoint plan resume train",
-    "cache": "config",
+    "ahead": "",
+    "cache": "ahead config",
     "sampling": "config",
-    "generate": "cache config model sampling",
+    "generate": "ahead cache config model sampling",
     "linear": "device model product",
     "complete": "config generate model tokenizer",
     "identify": "atomic checkpoint formats shards tokenizer",

@@ -1,0 +1,73 @@
+"""What lets a GPU work while the host is elsewhere: graphs instead of single kernels, and copies that nobody waits for.
+
+Decoding a token is some hundred small kernels. Started one by one from Python they take longer to start than to run; recorded
+once as a CUDA graph they are started together. On a CPU all of this is the plain thing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def put(there: Tensor, values: Sequence[float]) -> None:
+    """Write `values` into the first places of `there` (N), on whatever device, in the order of its other work."""
+    here = torch.tensor(values, dtype=there.dtype, pin_memory=there.is_cuda)
+    there[: len(values)].copy_(here, non_blocking=there.is_cuda)
+
+
+class Readback:
+    """Copies of tensors on the host: `start` them behind the work that is under way, and `lists` waits for them alone, not for
+    what the device has been given since."""
+
+    def __init__(self, *there: Tensor) -> None:
+        self._there = there
+        self._here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in there]
+        self._event = torch.cuda.Event() if there[0].is_cuda else None
+
+    def start(self) -> None:
+        for here, there in zip(self._here, self._there, strict=True):
+            here.copy_(there, non_blocking=there.is_cuda)
+        if self._event is not None:
+            self._event.record()
+
+    def lists(self) -> list[list[float]]:
+        if self._event is not None:
+            self._event.synchronize()
+        return [here.tolist() for here in self._here]
+
+
+class Graphs:
+    """Work that recurs, as CUDA graphs where `used`, which it is on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.used = device.type == "cuda"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do `work`, which is the same for the same `key`: it reads and writes tensors that stay where they are, and the host
+        neither looks at one nor takes part. The first time it runs as it is, which loads its kernels; the second time it is
+        recorded; from then on the record runs."""
+        if not self.used or key not in self._graphs:
+            self._graphs[key] = None
+            work()
+            return
+        try:
+            graph = self._graphs[key] or self._record(work)
+        except RuntimeError as error:  # of CUDA: recording has done nothing, so the work is still to do
+            warnings.warn(f"CUDA graphs do not work here, so decoding is slower: {error}", stacklevel=2)
+            self.used = False
+            work()
+            return
+        self._graphs[key] = graph
+        graph.replay()
+
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in self._graphs.values() if other), None)  # none runs beside another
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+        return graph
