@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Readback:
         for here, there in zip(self._here, self._there, strict=True):
             here.copy_(there, non_blocking=there.is_cuda)
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._there[0].device))
 
     def lists(self) -> list[list[float]]:
         if self._event is not None:
@@ -41,11 +42,16 @@ class Readback:
 
 
 class Graphs:
-    """Work that recurs, as CUDA graphs where `used`, which it is on CUDA."""
+    """Work that recurs, as CUDA graphs where `used`, which it is on CUDA until recording fails."""
+
+    failed = False  # once in a process is enough
 
     def __init__(self, device: torch.device) -> None:
-        self.used = device.type == "cuda"
+        self.used = device.type == "cuda" and not Graphs.failed
+        self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None  # of memory; the graphs share it, since none runs beside another
+        self._stream: torch.cuda.Stream | None = None  # to record on
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`, which is the same for the same `key`: it reads and writes tensors that stay where they are, and the host
@@ -58,16 +64,25 @@ class Graphs:
         try:
             graph = self._graphs[key] or self._record(work)
         except RuntimeError as error:  # of CUDA: recording has done nothing, so the work is still to do
-            warnings.warn(f"CUDA graphs do not work here, so decoding is slower: {error}", stacklevel=2)
-            self.used = False
+            self.used, Graphs.failed = False, True
             work()
+            reason = error.__context__ or error  # that recording had to end is not why
+            warnings.warn(f"CUDA graphs do not work here, so decoding is slower: {reason}", stacklevel=2)
             return
         self._graphs[key] = graph
         graph.replay()
 
     def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        pool = next((other.pool() for other in self._graphs.values() if other), None)  # none runs beside another
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
+        """What `torch.cuda.graph` does, but for giving all unused memory back, and it leaves its stream after an error."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            self._stream = self._stream or torch.cuda.Stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
         return graph

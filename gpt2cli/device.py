@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -100,6 +100,18 @@ def set_up(seed: int, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
     torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
+
+
+@contextlib.contextmanager
+def in_any_order() -> Iterator[None]:
+    """For what training does not depend on: sampling needs sums of which CUDA has no deterministic kernel, and where those
+    are asked for, torch refuses."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.cache import KVCache, Masked
@@ -17,6 +19,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.model import GPT, Cache
 from gpt2cli.sampling import choose, penalize
 
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 8
 REACH = 128  # tokens
 
@@ -171,7 +174,7 @@ class _Batch:
             self.logits[n] = self.logits[twin]
         else:
             ids = self._tensor([row.ids[-self.model.config.block_size :]])
-            self.logits[n] = self.model.head(self.model.hidden(ids, self.cache.row(n))[0, -1])
+            self.logits[n] = self.model.head(self._hidden(ids, self.cache.row(n))[0, -1])
             self.cache.lengths[n] = ids.shape[1]
         if self.seen is not None:
             self.seen[n] = False
@@ -229,7 +232,7 @@ class _Batch:
             self.cache.lengths[:B] = [length + 1 for length in self.cache.lengths[:B]]
         if full:
             seen = self._tensor([self.rows[n].ids[-block_size:] for n in full])
-            self.logits[full] = self.model.head(self.model.hidden(seen)[:, -1])
+            self.logits[full] = self.model.head(self._hidden(seen)[:, -1])
 
     # ==== on the device alone, the first B rows ====
 
@@ -244,7 +247,12 @@ class _Batch:
             self.logprobs[:B] = plain.log_softmax(dim=-1).gather(1, new)[:, 0]
 
     def _step(self, cache: Cache, B: int) -> None:
-        self.logits[:B] = self.model.head(self.model.hidden(self.new[:B, None], cache)[:, -1])
+        self.logits[:B] = self.model.head(self._hidden(self.new[:B, None], cache)[:, -1])
+
+    def _hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        # cuDNN's attention, which torch prefers on recent GPUs, makes a plan for each number of tokens, in 60 ms and more.
+        with sdpa_kernel(PLANLESS) if ids.is_cuda else nullcontext():
+            return self.model.hidden(ids, cache)
 
     # ==== of which sizes: each is a graph, so there are to be few ====
 

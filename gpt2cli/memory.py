@@ -69,7 +69,8 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     n = min(tokens, loss_rows)
     # In low precision logits, their softmax in fp32 and its copy; a part of the gradient, and the weights in that dtype.
     loss = n * V * (2 + 4 + 2) + V * C * 4 + 2 * N if low else n * V * 4
-    embedding = V * C * 4  # its gradient as an input, beside that as an output
+    dense = train.device != "cpu" or not model.tie_word_embeddings
+    embedding = V * C * 4 if dense else 0  # its gradient as an input, beside that as an output
     need = 4 * held + activations + loss + embedding
     if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors
         need += INTERPRETER + (N + moments) * 4 + (activations + loss) // 4

@@ -148,7 +148,10 @@ class GPT(nn.Module):
         """Logits (B, T, V) of the next token after each of `idx` (B, T), and with `targets` (B, T) the mean cross entropy
         in nats, else None. With `loss_only` the logits are None and never exist as a whole, which is how training saves
         time and memory. Raises UserError where T is beyond `block_size`."""
-        x = self.hidden(idx)  # (B, T, C)
+        # As an input the embedding has the gradient of a few rows, which is added to the dense one it has as the tied head's.
+        # On a CPU: on CUDA such a sum is another one each time, and torch's compiler knows no sparse gradients.
+        few = loss_only and self.config.tie_word_embeddings and idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = self.hidden(idx, sparse_gradient=few)  # (B, T, C)
         if loss_only and targets is not None:
             return None, linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
         logits = self.head(x)  # (B, T, V)
@@ -156,14 +159,15 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: Cache | None = None, *, sparse_gradient: bool = False) -> Tensor:
         """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. Raises UserError
         where T is beyond `block_size`."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise UserError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
         pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)  # (T) or (B, 1)
-        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        embedded = F.embedding(idx, self.wte.weight, sparse=sparse_gradient)  # (B, T, C)
+        x = self.drop(embedded + self.wpe(pos))  # (B, T, C)
         for block in self.h:
             keep = not (self.checkpointing and self.training)
             x = block(x, cache) if keep else checkpoint(block, x, use_reentrant=False)

@@ -43,13 +43,14 @@ def continuations(model, prompts, config, **options):
     return [(ids, logprobs, reasons[0]) for ids, logprobs, reasons in found]
 
 
-LOOKS = {torch.ops.aten.is_nonzero, torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
+aten = torch.ops.aten
+LOOKS = {aten.is_nonzero, aten.item, aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten._pin_memory, aten.equal}
 
 
 class Recorded(TorchDispatchMode):
     """What a CUDA graph is, on any device: the operations of some work are kept with the tensors they read and wrote, and a
     replay does them again in the same memory, without the program that gave them. Recording computes nothing, and a look at
-    a value is an error."""
+    a value, or a new one from the host, is an error."""
 
     def __init__(self, work):
         super().__init__()
@@ -270,8 +271,10 @@ def test_where_recording_fails_decoding_goes_on_without(monkeypatch):
     model, config = make_model(), SamplingConfig(max_new_tokens=20, seed=3)
     expected = first_row(generate(model, PROMPT, config))
     monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", HereToo)
+    monkeypatch.setattr(Graphs, "failed", False)
     with pytest.warns(UserWarning, match="CUDA graphs do not work here, so decoding is slower: operation not permitted"):
         assert first_row(generate(model, PROMPT, config)) == expected
+    assert Graphs.failed
 
 
 def test_numbers_go_to_a_device_and_come_back():
@@ -283,8 +286,11 @@ def test_numbers_go_to_a_device_and_come_back():
     assert back.lists() == [[4, 5, 0], [4.0, 5.0, 0.0]]
 
 
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@cuda
 @pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 4, "repetition_penalty": 1.4, "min_p": 0.01}])
 def test_on_cuda_graphs_decode_what_a_cpu_does(options, recwarn):
     """In fp32, where the two best logits of a random model are hardly ever as near as rounding."""
@@ -295,6 +301,30 @@ def test_on_cuda_graphs_decode_what_a_cpu_does(options, recwarn):
     assert [(ids, reason) for ids, _, reason in found] == [(ids, reason) for ids, _, reason in expected]
     for (_, ours, _), (_, theirs, _) in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-2)  # TF32
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_on_cuda_graphs_in_bf16_decode_what_single_kernels_do(rows, monkeypatch):
+    model, config = make_model().cuda().bfloat16(), SamplingConfig(max_new_tokens=9, seed=2)
+    found = continuations(model, MANY, config, rows=rows, logprobs=True)
+    monkeypatch.setattr(Graphs, "failed", True)  # in the same shapes, so that they round alike
+    monkeypatch.setattr(Graphs, "run", lambda self, key, work: work())
+    monkeypatch.setattr(Graphs, "used", property(lambda self: True, lambda self, value: None), raising=False)
+    assert continuations(model, MANY, config, rows=rows, logprobs=True) == found
+
+
+@pytest.mark.gpu
+@cuda
+def test_on_cuda_a_look_while_recording_leaves_all_as_it_was(monkeypatch):
+    monkeypatch.setattr(Graphs, "failed", False)
+    graphs, numbers, stream = Graphs(torch.device("cuda")), torch.zeros(3, device="cuda"), torch.cuda.current_stream()
+    graphs.run("look", lambda: numbers.add_(numbers[0].item() + 1))
+    with pytest.warns(UserWarning, match="CUDA graphs do not work here"):
+        graphs.run("look", lambda: numbers.add_(numbers[0].item() + 1))
+    assert not graphs.used and torch.cuda.current_stream() == stream
+    assert numbers.tolist() == [3, 3, 3] and torch.randn(1 << 20, device="cuda").isfinite().all()
 
 
 def test_the_repetition_penalty_is_transformers(tmp_path):

@@ -151,6 +151,28 @@ def test_bf16_autocast_is_near_fp32():
     assert model.wte.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embeddings_gradient_as_an_input_is_sparse_only_where_a_dense_one_is_there(tied):
+    """Sparse ones are not for users: their optimizers refuse them."""
+    model, ids = make_model(tie_word_embeddings=tied), torch.tensor([[5, 3, 5, 8, 5]])
+    model(ids[:, :-1], ids[:, 1:])[1].backward()
+    expected = model.wte.weight.grad
+    model.zero_grad()
+    for _ in range(2):  # micro-steps
+        (model(ids[:, :-1], ids[:, 1:], loss_only=True)[1] / 2).backward()
+    assert model.wte.weight.grad.layout == torch.strided
+    torch.testing.assert_close(model.wte.weight.grad, expected)
+    model.zero_grad()
+    model.hidden(ids).sum().backward()
+    assert model.wte.weight.grad.layout == torch.strided
+    made = []
+    embedding = torch.nn.functional.embedding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.embedding", lambda *a, **k: (made.append(k.get("sparse")), embedding(*a, **k))[1])
+        model(ids[:, :-1], ids[:, 1:], loss_only=True)
+    assert made[0] is tied
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_flash_attention_in_bf16_is_near_fp32_and_compiled_near_eager():

@@ -299,6 +299,7 @@ def prove(plan: Plan) -> int:
 
 def sampler(plan: Plan) -> Any:
     """What `train` calls to look at the model: one continuation of the prompt."""
+    from gpt2cli.device import in_any_order
     from gpt2cli.generate import SamplingConfig, generate
 
     encoding, prompt = plan.encoding, plan.train.sample_prompt
@@ -309,7 +310,8 @@ def sampler(plan: Plan) -> Any:
     def sample(model: GPT) -> Sequence[str]:
         model.eval()
         config = SamplingConfig(max_new_tokens=min(100, max(1, model.config.block_size - len(ids))))
-        new = [row[0] for row in generate(model, ids, config, eot=encoding.eot, n_vocab=encoding.n_vocab)]
+        with in_any_order():
+            new = [row[0] for row in generate(model, ids, config, eot=encoding.eot, n_vocab=encoding.n_vocab)]
         return [prompt + encoding.decode(token for token in new if token is not None)]
 
     return sample
