@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Models this small are fastest on one thread; read when torch is first imported, here and by the programs tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # which would colour what tests read
+    os.environ.pop(name, None)
 
 import pytest
 import torch

@@ -101,10 +101,12 @@ def test_the_whole_road(gpt2, text_file):
     again = gpt2("train", "--resume", "--out", "run")
     assert (again.code, again.out) == (0, "run\n") and "finished" in again.err
 
-    first = gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9)
+    first = gpt2("sample", "run", "--prompt", "First ", "--top-k", 5, "--max-new-tokens", 9)
     assert first.code == 0 and first.out.startswith("First ") and "9 tokens" in first.err
-    assert gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9).out == first.out
-    result = json.loads(gpt2("sample", "run", "--prompt", "First ", "--max-new-tokens", 9, "--num-samples", 2, "--json").out)
+    assert gpt2("sample", "run", "--prompt", "First ", "--top-k", 5, "--max-new-tokens", 9).out == first.out
+    result = json.loads(
+        gpt2("sample", "run", "--prompt", "First ", "--top-k", 5, "--max-new-tokens", 9, "--num-samples", 2, "--json").out
+    )
     assert set(result) == {"model", "seed", "samples", "tokens_per_second", "time_to_first_token"}
     assert len(result["samples"]) == 2 and len(result["samples"][0]["tokens"]) == 9
     assert first.out == "First " + result["samples"][0]["text"] + "\n"
@@ -113,7 +115,7 @@ def test_the_whole_road(gpt2, text_file):
     done = gpt2("convert", "run", "--to", "hf", "--out", "exported", "--json")
     verdict = json.loads(done.out)
     assert done.code == 0 and verdict["logits_error"] < 1e-4 and verdict["parameters"] == 1_634_720
-    assert gpt2("sample", "exported", "--prompt", "First ", "--max-new-tokens", 9).out == first.out
+    assert gpt2("sample", "exported", "--prompt", "First ", "--top-k", 5, "--max-new-tokens", 9).out == first.out
 
 
 def test_two_samples_are_told_apart_and_the_context_ends_them(gpt2, run_folder):
@@ -178,8 +180,10 @@ def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_r
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_been(gpt2, text_file, number, code):
     command = ["train", str(text_file), *QUICK, "--steps", "30", "--eval-every", "0", "--save-every", "0"]
-    code_of = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from gpt2cli.__main__ import main; main()"
-    program = [sys.executable, "-c", code_of]  # whatever started the tests may ignore SIGHUP, as nohup does
+    code_of = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever started the tests may ignore it
+    code_of += "import time; from gpt2cli.run import Run; step = Run.step\n"  # slowly, so that the signal comes in between
+    code_of += "Run.step = lambda self: (time.sleep(0.1), step(self))[1]\nfrom gpt2cli.__main__ import main; main()"
+    program = [sys.executable, "-c", code_of]
     process = subprocess.Popen([*program, *command, "--out", "run"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = Path("run/metrics.jsonl")
     while not metrics.exists() or metrics.read_text().count("\n") < 3:

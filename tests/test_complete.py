@@ -115,14 +115,14 @@ def test_a_file_of_prompts_that_cannot_be_read_names_the_line(tmp_path, text, sa
 def test_many_prompts_of_many_lengths_come_back_in_order(gpt2, run_folder):
     lines = [{"prompt": "O " * (1 + n % 7), "id": n} for n in range(12)]
     Path("p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '"plain text"\n')
-    options = ["--max-new-tokens", 6, "--seed", 5, "--logprobs"]
+    options = ["--max-new-tokens", 6, "--top-k", 5, "--seed", 5, "--logprobs"]
     done = gpt2("sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--batch-size", 3, *options)
     assert (done.code, done.out) == (0, "") and "tokens/s" in done.err
     results = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert [result.get("id") for result in results] == [*range(12), None] and results[12]["prompt"] == "plain text"
     assert [result["seed"] for result in results] == list(range(5, 18))
     for result in (results[4], results[11]):
-        alone = gpt2("sample", run_folder, "--prompt", result["prompt"], "--json", *options[:2], "--seed", result["seed"])
+        alone = gpt2("sample", run_folder, "--prompt", result["prompt"], "--json", *options[:4], "--seed", result["seed"])
         assert json.loads(alone.out)["samples"][0]["text"] == result["text"]
         assert len(result["logprobs"]) == len(result["tokens"])
     done = gpt2("sample", run_folder, "--prompts", "p.jsonl", "--num-samples", 2, "--max-new-tokens", 2)

@@ -233,6 +233,7 @@ def hub(tmp_path, folder):
 def run(endpoint, *arguments):
     """The program in a process of its own: the hub's address is read when its library is imported."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(Path("hf").absolute()), "HF_HUB_DISABLE_XET": "1"}
+    environment["NO_PROXY"] = "127.0.0.1"
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "gpt2cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)

@@ -39,7 +39,7 @@ def start(command, **environment):
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=os.environ | environment)
 
 
-def end(process, code=0, seconds=120):
+def end(process, code=0, seconds=600):
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     if "torch.distributed.run" not in " ".join(process.args):
@@ -70,7 +70,7 @@ def assert_same_run(out, expected, tolerance=1e-5):
     assert torch.isfinite(GPT.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long))[0]).all()
 
 
-def wait_until(condition, process, seconds=60):
+def wait_until(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -118,7 +118,7 @@ def runs_of_one(tmp_path_factory, shakespeare):
 def test_any_number_of_ranks_trains_the_same_model(text_file, runs_of_one, nproc, parallel, optimizer):
     more = ["--steps", 50, "--eval-every", 25, "--optimizer", optimizer, "--nproc", nproc, "--parallel", parallel]
     out, err = run(*GPT2, *EXACT, *more, "--out", "run")
-    assert out == "run\n" and f"{nproc}, {parallel}" in err and err.count("loss") < 20, "one process speaks"
+    assert out == "run\n" and f"{nproc}, {parallel}" in err and err.count("best checkpoint") == 1, "one process speaks"
     assert_same_run("run", runs_of_one / optimizer)
     assert atomic.read_sealed(Path("run/run.json"))["sessions"][-1]["world_size"] == nproc
 
@@ -151,17 +151,21 @@ def test_two_ranks_with_dropout_resume_bit_for_bit(text_file):
 def test_a_rank_that_is_killed_ends_the_others_within_seconds_and_the_run_goes_on(text_file):
     process = start([*GPT2, *LONG, "--save-every", 4, "--nproc", 2])
     wait_until(lambda: has_logged(6), process)
-    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    os.kill(next(pid for pid in children_of(process.pid) if rank_of(pid) == "1"), signal.SIGKILL)
     killed = time.monotonic()
-    _, err = end(process, 137, seconds=20)
-    assert time.monotonic() - killed < 15
+    _, err = end(process, 137, seconds=120)
+    assert time.monotonic() - killed < 60  # where waiting for the other rank would take 600
     assert "rank 1 was killed by SIGKILL" in err and "lost another rank, whose own error says why" in err
     _, err = run(*GPT2, "train", "--resume", "--out", "run", "--nproc", 2, "--max-minutes", 0, code=143)
     assert "goes on after step" in err
 
 
+def rank_of(pid):
+    return dict(line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line).get("RANK")
+
+
 def children_of(pid):
-    """Their process numbers, in the order in which they were started."""
+    """Their process numbers."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -170,7 +174,7 @@ def children_of(pid):
             continue
         if int(fields[1]) == pid:
             found.append(int(stat.parent.name))
-    return sorted(found)
+    return found
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -180,7 +184,7 @@ def test_a_signal_to_the_launcher_saves_once(text_file, parallel, under_torchrun
     process = start([*command, *LONG, "--parallel", parallel, *([] if under_torchrun else ["--nproc", 2])])
     wait_until(lambda: has_logged(3), process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == (1 if under_torchrun else 143), err  # torchrun's own for a signal
     (folder,) = checkpoint.checkpoints(Path("run"))
     assert checkpoint.is_whole(folder) and checkpoint.was_stopped(folder)

@@ -135,10 +135,10 @@ def test_a_second_interrupt_leaves_at_once_and_safely(gpt2, text_file):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
+    while "finishing this step" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert gpt2("train", "--resume", "--out", "run", "--steps", 4).code == 0
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step-000004", "step-000002"]
