@@ -13,8 +13,8 @@ ALIGNED = 8  # CUDA's kernels want masks of such lengths
 
 class KVCache:
     """Allocated once for B rows of at least `size` tokens: two tensors (n_layer, B, nh, size, hs). Rows may hold different
-    numbers of tokens, `lengths`, which its owner counts. A prompt enters one `row`; then all of the first `rows` take one
-    token more at a time."""
+    numbers of tokens, `lengths`, which its owner counts. `Prompts` enter some; then all of the first `rows` take one token
+    more at a time."""
 
     def __init__(self, config: GPTConfig, B: int, size: int, like: Tensor) -> None:
         self.size = -(-size // ALIGNED) * ALIGNED
@@ -22,9 +22,6 @@ class KVCache:
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # what is masked must not be NaN
         self.lengths = [0] * B
         self.at = torch.zeros(B, dtype=torch.int64, device=like.device)  # the lengths, as last told to the device
-
-    def row(self, n: int) -> OneRow:
-        return OneRow(self, n)
 
     def rows(self, B: int) -> Even | Masked:
         lengths = self.lengths[:B]
@@ -48,18 +45,19 @@ class KVCache:
 # ==== ways in, see `model.Cache` ====
 
 
-class OneRow:
-    """A row for a prompt to enter, in one forward pass of all of its tokens."""
+class Prompts:
+    """The rows from `start` on, for prompts to enter, in one forward pass of all of their tokens."""
 
-    def __init__(self, cache: KVCache, n: int) -> None:
-        self._cache, self._n = cache, n
+    def __init__(self, cache: KVCache, start: int) -> None:
+        self._cache, self._start = cache, start
 
     def positions(self, T: int) -> Tensor:
         return torch.arange(T, device=self._cache.k.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        self._cache.k[layer, self._n, :, : k.shape[2]] = k[0]
-        self._cache.v[layer, self._n, :, : v.shape[2]] = v[0]
+        rows, T = slice(self._start, self._start + len(k)), k.shape[2]
+        self._cache.k[layer, rows, :, :T] = k
+        self._cache.v[layer, rows, :, :T] = v
         return k, v, None
 
 

@@ -97,7 +97,7 @@ class HereToo(Graphs):
 def both_ways(request, monkeypatch):
     """As on a CPU, and as on a GPU."""
     if request.param != "step by step":
-        monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", HereToo)
+        monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", HereToo)
         sort = lambda probabilities, top_p: probabilities.sort(dim=-1, descending=True)  # noqa: E731
         monkeypatch.setattr(sys.modules["gpt2cli.sampling"], "_likeliest", sort)
 
@@ -184,6 +184,19 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone_whatever_its_neighbours_lengths
         assert together[n][1] == pytest.approx(logprobs, abs=1e-4)
 
 
+def test_prompts_enter_together_and_the_same_one_only_once(monkeypatch):
+    model, seen = make_model(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *cache: (seen.append(tuple(ids.shape)), hidden(ids, *cache))[1])
+    config = SamplingConfig(greedy=True, max_new_tokens=1)
+    expected = continuations(model, MANY, config, rows=1)
+    assert seen == [(1, len(prompt)) for prompt in MANY]
+    for most, shapes in ((2048, [(6, 20)]), (14, [(4, 3), (1, 7), (1, 20)])):
+        monkeypatch.setattr(sys.modules["gpt2cli.rows"], "PROMPT_TOKENS", most)
+        seen.clear()
+        assert continuations(model, MANY, config) == expected and seen == shapes
+
+
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("rows", [2, 4])
 def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows):
@@ -253,7 +266,7 @@ class Counted(HereToo):
 
 
 def test_few_graphs_are_made_and_they_are_used(monkeypatch):
-    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", Counted)
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", Counted)
     config = SamplingConfig(greedy=True, max_new_tokens=25)
     list(generate(make_model(), PROMPT, config))
     assert Counted.latest.counts == {("choose", 1): 25, ("step", 1, 32): 24}  # after the last token no step is wanted
@@ -270,7 +283,7 @@ def test_where_recording_fails_decoding_goes_on_without(monkeypatch):
     """Here it fails since top-p looks, on a CPU, whether the likeliest are enough."""
     model, config = make_model(), SamplingConfig(max_new_tokens=20, seed=3)
     expected = first_row(generate(model, PROMPT, config))
-    monkeypatch.setattr(sys.modules["gpt2cli.generate"], "Graphs", HereToo)
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", HereToo)
     monkeypatch.setattr(Graphs, "failed", False)
     with pytest.warns(UserWarning, match="CUDA graphs do not work here, so decoding is slower: operation not permitted"):
         assert first_row(generate(model, PROMPT, config)) == expected
