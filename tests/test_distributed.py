@@ -27,7 +27,21 @@ from .conftest import QUICK, TINY
 RANKS = Path(__file__).with_name("ranks.py")
 GPT2 = [sys.executable, "-m", "gpt2cli"]
 LONG = ("train", "input.txt", *QUICK, "--steps", 100_000, "--eval-every", 0, "--out", "run")
-EXACT = ("train", "input.txt", *TINY, "--tokens-per-step", 256, "--batch-size", 2, "--dtype", "fp32", "--eval-tokens", 600)
+EXACT = (
+    "train",
+    "input.txt",
+    *TINY,
+    "--tokens-per-step",
+    256,
+    "--batch-size",
+    2,
+    "--dtype",
+    "fp32",
+    "--eval-tokens",
+    600,
+    "--lr",
+    3e-3,
+)
 
 
 def torchrun(nproc, *more):
