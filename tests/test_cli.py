@@ -1,5 +1,6 @@
 """The program itself: exit codes, streams, files, and one red line for each mistake."""
 
+import importlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import gpt2cli
 from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
@@ -174,6 +176,17 @@ def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_r
         json.loads(line)["step"] for line in Path("runs/mine/metrics.jsonl").read_text().splitlines() if "grad_norm" in line
     ]
     assert steps == [1, 2, 3, 4]
+
+
+def test_the_samples_of_a_deterministic_run_need_no_deterministic_kernels(gpt2, text_file, monkeypatch):
+    """CUDA has none for the sums of top-p, and torch would refuse."""
+    room, asked = importlib.import_module("gpt2cli.generate"), []  # the package has a function of this name
+    generate = room.generate
+    look = lambda *a, **k: (asked.append(torch.are_deterministic_algorithms_enabled()), generate(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(room, "generate", look)
+    done = gpt2("train", text_file, *QUICK, "--steps", 1, "--deterministic", "--sample-every", 1, "--out", "run")
+    assert done.code == 0 and asked == [False] and torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
