@@ -160,8 +160,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def hidden(self, idx: Tensor, cache: Cache | None = None, *, sparse_gradient: bool = False) -> Tensor:
-        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. Raises UserError
-        where T is beyond `block_size`."""
+        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. With `sparse_gradient`
+        the embedding's, as an input, holds only the rows of `idx`. Raises UserError where T is beyond `block_size`."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise UserError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
