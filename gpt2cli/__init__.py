@@ -66,6 +66,10 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         # Importing the room `gpt2cli.train` would bind the module here and hide the function `train` named after it.

@@ -56,7 +56,10 @@ def bench_generate(
     """Greedy decoding of B rows from one prompt of random ids, each library in turn, medians. A run with one new token is
     the time to the first; what longer ones take beyond that is decoding."""
     if prompt_tokens + new_tokens > model.config.block_size:
-        raise UserError(f"{prompt_tokens} + {new_tokens} tokens do not fit the model's context of {model.config.block_size}")
+        raise UserError(
+            f"{prompt_tokens} + {new_tokens} tokens do not fit the model's context of "
+            f"{model.config.block_size}: lower --prompt-tokens or --new-tokens"
+        )
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     with peers.started(compare, model, where, dtype, quantize) as others:
         device.set_up(seed=0)

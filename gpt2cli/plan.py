@@ -275,7 +275,7 @@ def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine
     if train_tokens < B * T + 1:
         raise UserError(
             f"the training text has {train_tokens:,} tokens, but one batch of {B} rows of {T} needs {B * T + 1:,}: "
-            "use more text, or a smaller --batch-size or --seq-len"
+            f"use more text, or a smaller {'--batch-size or ' if B > 1 else ''}--seq-len"
         )
     if train.epochs is not None:
         steps = max(1, math.ceil(train.epochs * train_tokens / tokens_per_step))

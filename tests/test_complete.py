@@ -132,6 +132,16 @@ def test_many_prompts_of_many_lengths_come_back_in_order(gpt2, run_folder):
     assert "cannot be written" in gpt2("sample", run_folder, "--prompts", "p.jsonl", "--out", "no/o.jsonl").err
 
 
+def test_a_try_that_fails_before_the_first_line_is_not_in_the_way_of_the_next(gpt2, run_folder):
+    Path("p.jsonl").write_text(json.dumps({"prompt": "O " * 40, "text": "mine", "author": "me"}) + "\n")
+    command = ["sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--max-new-tokens", 2]
+    failed = gpt2(*command)
+    assert failed.code == 1 and "--overflow slide" in failed.err and not Path("o.jsonl").exists()
+    assert gpt2(*command, "--overflow", "slide").code == 0
+    line = json.loads(Path("o.jsonl").read_text())
+    assert line["author"] == "me" and line["text"] != "mine"
+
+
 def test_options_of_sample_do_what_they_say(gpt2, run_folder):
     command = ["sample", run_folder, "--prompt", "First Citizen", "--max-new-tokens", 12, "--ignore-eos"]
     free = json.loads(gpt2(*command, "--json", "--logprobs").out)["samples"][0]

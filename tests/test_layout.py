@@ -159,6 +159,12 @@ def test_the_options_in_the_readme_exist(gpt2):
                 assert option in known, f"{line}: {option}"
 
 
+def test_the_package_shows_its_public_names():
+    assert dir(gpt2cli) == sorted(gpt2cli.__all__) and all(hasattr(gpt2cli, name) for name in gpt2cli.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Gpt'"):
+        gpt2cli.Gpt  # noqa: B018
+
+
 def test_the_readmes_python_runs(text_file):
     readme = (HOUSE.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,7 +106,7 @@ def command(
     with ExitStack() as stack:
         show = Quiet() if as_json else Stream(lines[0]["prompt"], num_samples)
         if prompts:
-            show = Lines(lines, num_samples, config.seed, stack.enter_context(open_new(out)) if out else sys.stdout)
+            show = Lines(lines, num_samples, config.seed, stack.enter_context(new_file(out)) if out else sys.stdout)
         with console.Bars() as bars:
             loaded = checkpoint.load(model, bars.downloaded)
         if loaded.embedded_vocabulary:
@@ -156,13 +157,22 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def open_new(path: Path) -> Any:
+@contextmanager
+def new_file(path: Path) -> Iterator[Any]:
+    """To write to; what ends with an error before anything is written leaves none, which would be in the way of another try."""
     try:
-        return path.open("x", encoding="utf-8")
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         raise UserError(f"{path} already exists: give another --out, or delete it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if not path.stat().st_size:
+            path.unlink()
+        raise
 
 
 def as_object(result: Completion, folder: str, seed: int) -> dict[str, Any]:
