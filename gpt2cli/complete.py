@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -141,6 +142,27 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     if not lines:
         raise UserError(f"{path} has no prompts: expected a line like " + '{"prompt": "Once upon a time"}')
     return lines
+
+
+def done_already(path: Path, lines: Sequence[dict[str, Any]], seed: int) -> int:
+    """How many of `lines` have their result in a file that is to be gone on with, each with `seed` and its number. A last line
+    that was not finished is cut off. Raises UserError where the file is of other prompts, or of another seed."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    results = data[:end].splitlines()
+    for number, result in enumerate(results):
+        try:
+            found = json.loads(result)
+            same = (found["prompt"], found["seed"]) == (lines[number]["prompt"], seed + number)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            same = False
+        if not same:
+            raise UserError(
+                f"{path}, line {number + 1} is not what prompt {number + 1} with seed {seed + number} gives: it is of another "
+                "job; give another --out"
+            )
+    os.truncate(path, end)
+    return len(results)
 
 
 class InOrder:

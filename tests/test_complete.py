@@ -142,6 +142,26 @@ def test_a_try_that_fails_before_the_first_line_is_not_in_the_way_of_the_next(gp
     assert line["author"] == "me" and line["text"] != "mine"
 
 
+def test_a_file_of_results_that_was_cut_off_is_gone_on_with(gpt2, run_folder):
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": "O " * (1 + n % 3)}) + "\n" for n in range(5)))
+    command = ["sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--num-samples", 2, "--max-new-tokens", 4]
+    command += ["--top-k", 5]
+    assert gpt2(*command).code == 0
+    whole = Path("o.jsonl").read_bytes()
+    assert "has all 10 results already" in gpt2(*command, "--resume").err
+    ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]
+    for size in (0, ends[0] - 7, ends[2], ends[6] + 20):
+        Path("o.jsonl").write_bytes(whole[:size])
+        assert gpt2(*command, "--resume").code == 0 and Path("o.jsonl").read_bytes() == whole, size
+    assert "line 1 is not what prompt 1 with seed 8 gives" in gpt2(*command, "--resume", "--seed", 8).err
+    Path("o.jsonl").write_bytes(whole + whole)
+    assert "line 11 is not what prompt 11" in gpt2(*command, "--resume").err
+    assert Path("o.jsonl").read_bytes() == whole + whole
+    Path("o.jsonl").unlink()
+    assert gpt2(*command, "--resume").code == 0 and Path("o.jsonl").read_bytes() == whole
+    assert "add --prompts and --out" in gpt2("sample", run_folder, "--prompt", "O", "--resume").err
+
+
 def test_options_of_sample_do_what_they_say(gpt2, run_folder):
     command = ["sample", run_folder, "--prompt", "First Citizen", "--max-new-tokens", 12, "--ignore-eos"]
     free = json.loads(gpt2(*command, "--json", "--logprobs").out)["samples"][0]

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +70,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="New file for what --prompts gives; by default stdout.", rich_help_panel=MANY)
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind what is in --out from before.", rich_help_panel=MANY)
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.", min=1, rich_help_panel=MANY)] = 16,
     device: Annotated[
         str, typer.Option(help="Where to run.", metavar="|".join(CHOICES["device"]), rich_help_panel=MACHINE)
@@ -93,20 +96,25 @@ def command(
     config = SamplingConfig(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, greedy=greedy, seed=seed, overflow=overflow
     )
-    check_options(prompts, prompt, prompt_file, out, logprobs, as_json)
+    check_options(prompts, prompt, prompt_file, out, logprobs, as_json, resume)
 
     from gpt2cli import checkpoint
     from gpt2cli.commands import console
-    from gpt2cli.complete import complete, read_prompts
+    from gpt2cli.complete import complete, done_already, read_prompts
     from gpt2cli.linear import place
 
     lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
     lines = [line for line in lines for _ in range(num_samples)]
+    done = done_already(out, lines, seed) if resume and out and out.exists() else 0
+    if done == len(lines):
+        return console.note(f"{out} has all {done:,} results already")
+    config, lines = replace(config, seed=seed + done), lines[done:]
     rows = min(batch_size, len(lines)) if prompts else num_samples
     with ExitStack() as stack:
         show = Quiet() if as_json else Stream(lines[0]["prompt"], num_samples)
         if prompts:
-            show = Lines(lines, num_samples, config.seed, stack.enter_context(new_file(out)) if out else sys.stdout)
+            file = stack.enter_context(opened(out, resume)) if out else sys.stdout
+            show = Lines(lines, num_samples, config.seed, done, file)
         with console.Bars() as bars:
             loaded = checkpoint.load(model, bars.downloaded)
         if loaded.embedded_vocabulary:
@@ -130,12 +138,20 @@ def command(
 
 
 def check_options(
-    prompts: Path | None, prompt: str | None, prompt_file: Path | None, out: Path | None, logprobs: bool, as_json: bool
+    prompts: Path | None,
+    prompt: str | None,
+    prompt_file: Path | None,
+    out: Path | None,
+    logprobs: bool,
+    as_json: bool,
+    resume: bool,
 ) -> None:
     if prompts and (prompt is not None or prompt_file or as_json):
         raise UserError("--prompts brings the prompts and gives JSONL: leave out --prompt, --prompt-file and --json")
     if out and not prompts:
         raise UserError("--out is for what --prompts gives; a single prompt's text goes to stdout: gpt2 sample ... > FILE")
+    if resume and not out:
+        raise UserError("--resume goes on with the file that --prompts gave: add --prompts and --out")
     if logprobs and not (prompts or as_json):
         raise UserError("--logprobs go into the JSON: add --json, or use --prompts")
 
@@ -158,12 +174,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Any]:
-    """To write to; what ends with an error before anything is written leaves none, which would be in the way of another try."""
+def opened(path: Path, resume: bool) -> Iterator[Any]:
+    """To write to, a new file unless `resume`. What ends with an error before anything is written leaves none, which would
+    be in the way of another try."""
     try:
-        file = path.open("x", encoding="utf-8")
+        file = path.open("a" if resume else "x", encoding="utf-8")
     except FileExistsError:
-        raise UserError(f"{path} already exists: give another --out, or delete it") from None
+        raise UserError(f"{path} already exists: go on with it by --resume, give another --out, or delete it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     try:
@@ -224,15 +241,15 @@ class Stream(Quiet):
 class Lines(Quiet):
     """One JSON line a sample, in the order of the prompts: the prompt's own line, and what became of it."""
 
-    def __init__(self, lines: list[dict[str, Any]], num_samples: int, seed: int, file: Any) -> None:
+    def __init__(self, lines: list[dict[str, Any]], num_samples: int, seed: int, before: int, file: Any) -> None:
         from gpt2cli.complete import InOrder
 
-        self.lines, self.num_samples, self.seed, self.file = lines, num_samples, seed, file
+        self.lines, self.num_samples, self.seed, self.before, self.file = lines, num_samples, seed, before, file
         self.ordered = InOrder(file.write)
 
     def end(self, number: int, sample: Sample) -> None:
         result = {key: value for key, value in asdict(sample).items() if value is not None}
-        which = {"sample": number % self.num_samples} if self.num_samples > 1 else {}
+        which = {"sample": (self.before + number) % self.num_samples} if self.num_samples > 1 else {}
         line = self.lines[number] | which | {"seed": self.seed + number} | result
         self.ordered.put(number, json.dumps(line, ensure_ascii=False))
         self.file.flush()
