@@ -133,6 +133,15 @@ def test_a_learning_rate_that_cannot_be_meant_is_told_before_the_run(text_file):
         TrainConfig(lr=3.0)
 
 
+def test_the_default_learning_rate_goes_by_width_and_optimizer(text_file):
+    def planned(n_embd, optimizer):
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": n_embd}
+        return make_plan(text_file, shape, TrainConfig(seq_len=32, device="cpu", optimizer=optimizer)).train.lr
+
+    assert [planned(width, "muon") for width in (32, 192, 384, 768)] == pytest.approx([2.4e-2, 6e-3, 3e-3, 1.5e-3])
+    assert [planned(width, "adamw") for width in (32, 192, 384, 768)] == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+
+
 def test_a_first_loss_that_is_no_number_ends_the_run_at_once(text_file, gpt2, monkeypatch):
     from gpt2cli import run
 

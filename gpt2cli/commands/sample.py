@@ -16,6 +16,7 @@ from gpt2cli.config import CHOICES, SamplingConfig
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
+    from gpt2cli.checkpoint import Loaded
     from gpt2cli.complete import Completion, Sample
 
 CHOOSING, ENDING, MANY, MACHINE = "Choosing the next token", "Where it ends", "Many prompts", "Machine"
@@ -98,13 +99,11 @@ def command(
     )
     check_options(prompts, prompt, prompt_file, out, logprobs, as_json, resume)
 
-    from gpt2cli import checkpoint
     from gpt2cli.commands import console
-    from gpt2cli.complete import complete, done_already, read_prompts
+    from gpt2cli.complete import complete, done_already
     from gpt2cli.linear import place
 
-    lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
-    lines = [line for line in lines for _ in range(num_samples)]
+    lines = read_lines(prompts, prompt, prompt_file, num_samples)
     done = done_already(out, lines, seed) if resume and out and out.exists() else 0
     if done == len(lines):
         return console.note(f"{out} has all {done:,} results already")
@@ -115,10 +114,7 @@ def command(
         if prompts:
             file = stack.enter_context(opened(out, resume)) if out else sys.stdout
             show = Lines(lines, num_samples, config.seed, done, file)
-        with console.Bars() as bars:
-            loaded = checkpoint.load(model, bars.downloaded)
-        if loaded.embedded_vocabulary:
-            console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
+        loaded = load(model)
         result = complete(
             place(loaded.model, device, dtype, quantize, rows),
             loaded.encoding,
@@ -156,6 +152,14 @@ def check_options(
         raise UserError("--logprobs go into the JSON: add --json, or use --prompts")
 
 
+def read_lines(prompts: Path | None, prompt: str | None, prompt_file: Path | None, num_samples: int) -> list[dict[str, Any]]:
+    """One object with a `prompt` for each sample."""
+    from gpt2cli.complete import read_prompts
+
+    lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
+    return [line for line in lines for _ in range(num_samples)]
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise UserError("--prompt and --prompt-file both give the prompt: use one of them")
@@ -171,6 +175,17 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is None:
         raise UserError("there is no prompt: give --prompt TEXT, --prompt-file FILE or text on standard input")
     return prompt
+
+
+def load(model: str | None) -> Loaded:
+    from gpt2cli import checkpoint
+    from gpt2cli.commands import console
+
+    with console.Bars() as bars:
+        loaded = checkpoint.load(model, bars.downloaded)
+    if loaded.embedded_vocabulary:
+        console.note(f"{loaded.folder} brings no tokenizer: GPT-2's is used")
+    return loaded
 
 
 @contextmanager
