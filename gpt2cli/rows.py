@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.cache import KVCache, Masked, Prompts
 from gpt2cli.config import SamplingConfig
 from gpt2cli.model import GPT, Cache
+
+if TYPE_CHECKING:
+    from gpt2cli.fused import Fused
 from gpt2cli.sampling import choose, penalize
 
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -47,6 +51,17 @@ def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
+def _fused(model: GPT, cache: KVCache) -> Fused | None:
+    """Where it is of use. Triton comes with torch for CUDA, on Linux."""
+    if not model.wpe.weight.is_cuda:
+        return None
+    try:
+        from gpt2cli import fused
+    except ImportError:
+        return None
+    return fused.Fused(model, cache) if fused.suits(model) else None
+
+
 class Rows:
     """The rows that are being continued: the first of the cache's, in order, without gaps. What a step reads and writes stays
     where it is, so that a GPU can repeat it; the host learns afterwards what was chosen."""
@@ -72,6 +87,7 @@ class Rows:
         self.logprobs = like.new_zeros(size, dtype=torch.float32) if logprobs else None  # and its log probability
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
         self.graphs = Graphs(like.device)
+        self.fused = _fused(model, self.cache) if self.graphs.used else None
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Compute their prompts' keys, values and first logits, several at once; those of the same prompt are copied."""
@@ -146,15 +162,25 @@ class Rows:
             self.cache.lengths[n] = 0  # every token moves to another position, so nothing in the cache is of use
         if len(full) < B:
             if self.graphs.used:
-                rows, S = self._extent(), self._reach()
-                self.cache.tell()
-                self.graphs.run(("step", rows, S), lambda: self._step(Masked(self.cache, rows, S), rows))
+                self._step_ahead(self._extent())
             else:
                 self._step(self.cache.rows(B), B)
             self.cache.lengths[:B] = [length + 1 for length in self.cache.lengths[:B]]
         if full:
             seen = self._tensor([self.rows[n].ids[-block_size:] for n in full])
             self.logits[full] = self.model.head(self._hidden(seen)[:, -1])
+
+    def _step_ahead(self, B: int) -> None:
+        self.cache.tell()
+        S = self._reach()
+        by_model = partial(self._step, Masked(self.cache, B, S), B)
+        if self.fused is None or self.fused.verdict(B) is False:
+            self.graphs.run(("step", B, S), by_model)
+        elif self.fused.verdict(B):
+            self.graphs.run(("fused step", B), partial(self.fused.step, self.new[:B], self.logits[:B]))
+        else:  # not known yet
+            by_model()
+            self.fused.judge(self.new[:B], self.logits[:B])
 
     # ==== on the device alone, the first B rows ====
 

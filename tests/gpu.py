@@ -20,6 +20,8 @@ WORK = [
     [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "16"],
     [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--batch-size", "256"],
     [*SAMPLE, "--preset", "gpt2-xl", "--new-tokens", "128"],
+    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--quantize", "int8"],
+    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--batch-size", "4"],
     [*TRAIN, "--preset", "gpt2", "--batch-size", "32", "--optimizer", "muon"],
 ]
 

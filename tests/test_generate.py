@@ -310,7 +310,7 @@ def test_on_cuda_graphs_decode_what_a_cpu_does(options, recwarn):
     config = SamplingConfig(max_new_tokens=9, **options)
     expected = continuations(make_model(), MANY, config, rows=3, logprobs=True)
     found = continuations(make_model().cuda(), MANY, config, rows=3, logprobs=True)
-    assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
+    assert not [warning for warning in recwarn if "decoding is slower" in str(warning.message)]
     assert [(ids, reason) for ids, _, reason in found] == [(ids, reason) for ids, _, reason in expected]
     for (_, ours, _), (_, theirs, _) in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-2)  # TF32

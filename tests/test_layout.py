@@ -14,7 +14,7 @@ ROOMS = [
     "vocabulary", "corpus", "product", "device", "distributed", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "step", "compiled", "batch", "plan",
     "resume", "together", "run", "train", "verify", "curve",
-    "ahead", "cache", "sampling", "rows", "generate", "identify", "prove", "convert", "linear", "complete",
+    "ahead", "cache", "fused", "sampling", "rows", "generate", "identify", "prove", "convert", "linear", "complete",
     "apart", "peers", "bench", "bench_train", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "ahead": "",
     "cache": "ahead config",
     "sampling": "config",
-    "rows": "ahead cache config model sampling",
+    "fused": "cache model",
+    "rows": "ahead cache config fused model sampling",
     "generate": "config model rows",
     "linear": "device model product",
     "complete": "config generate model tokenizer",
@@ -84,6 +85,7 @@ LIBRARIES = {
     "ctranslate2": ["peers"],
     "matplotlib": ["curve"],
     "tensorboard": ["commands/board"],
+    "triton": ["fused"],
     "gguf": ["formats/gguf"],
     "huggingface_hub": ["formats/hub"],
     "safetensors": ["formats/huggingface", "checkpoint", "verify"],

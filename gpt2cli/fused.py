@@ -1,0 +1,214 @@
+"""One more token for a few rows on a GPU, in five kernels a layer, written in Triton.
+
+Through torch a token is some 14 small kernels a layer, each of which takes longer to begin and to end than to read its part of
+the weights. Here LayerNorm, product, bias, activation and residual are one kernel, and so are the cache and the attention. With
+more rows than `ROWS` the products are worth a library's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from gpt2cli.cache import KVCache
+from gpt2cli.model import GPT, Block
+
+ROWS = 4
+WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at once
+NUMBERS = 8192  # products that a program makes, where that is enough for an output
+PER_THREAD = 64  # of them
+# How far apart logits may be, in their deviations. The model's products in fp32 may be of TF32.
+CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+class Fused:
+    """Steps of up to `ROWS` rows of `cache`: the numbers are the model's but for rounding. The buffers stay where they are, as
+    a CUDA graph wants it."""
+
+    verdicts: ClassVar[dict[Hashable, bool]] = {}  # once in a process is enough
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        C, like = model.config.n_embd, model.wpe.weight
+        self._model, self._cache = model, cache
+        self._x = like.new_zeros(ROWS, C, dtype=torch.float32)  # the residual stream
+        self._qkv, self._y = like.new_zeros(ROWS, 3 * C), like.new_zeros(ROWS, C)
+        self._inner = like.new_zeros(ROWS, model.config.inner_size)
+        self._blocks = cast("Sequence[Block]", model.h)
+        self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
+
+    def step(self, ids: Tensor, logits: Tensor) -> None:
+        """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at`."""
+        with torch.cuda.device_of(ids):
+            self._step(ids, logits)
+
+    def _step(self, ids: Tensor, logits: Tensor) -> None:
+        config, B, x, at = self._model.config, len(ids), self._x, self._cache.at
+        C, hs = config.n_embd, config.head_size
+        whole, head = triton.next_power_of_2(C), triton.next_power_of_2(hs)
+        many = min(256, max(16, 2 * NUMBERS // head))  # tokens to see at once
+        _embed[(B,)](ids, at, self._model.wte.weight, self._model.wpe.weight, x, C, whole)
+        for block, k, v in zip(self._blocks, self._cache.k, self._cache.v, strict=True):
+            attn, mlp, heads = block.attn, block.mlp, (config.n_head, B)
+            _layer(x, attn.c_attn, self._qkv, B, norm=block.ln_1)
+            _attend[heads](self._qkv, k, v, at, self._y, attn.scale, self._cache.size, C, hs, head, many, num_warps=8)
+            _layer(self._y, attn.c_proj, x, B, add=True)
+            _layer(x, mlp.c_fc, self._inner, B, norm=block.ln_2, activation=config.activation_function)
+            _layer(self._inner, mlp.c_proj, x, B, add=True)
+        _layer(x, self._head, logits, B, norm=self._model.ln_f)
+
+    def verdict(self, B: int) -> bool | None:
+        """Whether steps of B rows of such a model are right; None where that is not known yet."""
+        return False if B > ROWS else Fused.verdicts.get(self._kind(B))
+
+    def judge(self, ids: Tensor, logits: Tensor) -> None:
+        """Do a step that the model has just done, and find whether the `logits` are the same. If so they become those of here,
+        so that all steps are made alike; if not, it is said why."""
+        reason = None
+        try:
+            ours, theirs = torch.empty_like(logits), logits.float()
+            self.step(ids, ours)
+            apart = float((ours.float() - theirs).square().mean().sqrt() / theirs.std())
+            if not apart <= CLOSE[logits.dtype]:
+                reason = f"their logits are {apart:.2g} deviations away from the model's"
+        except Exception as error:  # a compiler raises what it likes
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0][:200]}"
+        if reason is None:
+            logits.copy_(ours)
+        else:
+            warnings.warn(f"the fused kernels do not work here, so decoding is slower: {reason}", stacklevel=2)
+        Fused.verdicts[self._kind(len(ids))] = reason is None
+
+    def _kind(self, B: int) -> Hashable:
+        return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B
+
+
+def suits(model: GPT) -> bool:
+    """Whether there are kernels for it: on CUDA, with weights in the dtype of the products."""
+    like, config = model.wpe.weight, model.config
+    right = like.is_cuda and like.dtype in CLOSE and not torch.is_autocast_enabled("cuda")
+    return right and max(config.n_embd, config.inner_size) <= WIDEST
+
+
+def _layer(
+    x: Tensor, layer: Any, out: Tensor, B: int, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
+) -> None:
+    """out[:B] = layer(x[:B]), or += with `add`; x through `norm` first, then the `activation`. The layer is an `nn.Linear` or
+    `linear.Int8Linear`."""
+    weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
+    N, K = weight.shape
+    sizes = blocks(B, N, K)
+    ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
+    _linear[(triton.cdiv(N, sizes["BLOCK_N"]),)](x, weight, scale, bias, *ln, out, N, K, B, activation, add, **sizes)
+
+
+def blocks(B: int, N: int, K: int) -> dict[str, int]:
+    """How many outputs of a product a program makes, reading all K weights of each at once, and how many threads it has."""
+    block_b, block_k = triton.next_power_of_2(B), triton.next_power_of_2(K)
+    block_n = max(1, min(8 if N > 2048 else 4, NUMBERS // (block_b * block_k)))
+    warps = max(4, block_b * block_n * block_k // (32 * PER_THREAD))
+    return {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+
+
+@triton.jit
+def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x[b] = wte[ids[b]] + wpe[at[b]]; a program a row."""
+    b, c = tl.program_id(0), tl.arange(0, BLOCK)
+    token, place = tl.load(ids + b), tl.load(at + b)
+    embedded = tl.load(wte + token * C + c, mask=c < C).to(tl.float32) + tl.load(wpe + place * C + c, mask=c < C).to(tl.float32)
+    tl.store(x + b * C + c, embedded, mask=c < C)
+
+
+@triton.jit
+def _linear(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    scale,
+    bias,
+    ln_weight,
+    ln_bias,
+    eps,
+    out,
+    N,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x (B, K) -> out (B, N), a program for BLOCK_N of the outputs. All is asked for before anything is done with it, for the
+    memory is what takes long."""
+    b, n, k = tl.arange(0, BLOCK_B), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+    row = tl.load(x + b[:, None] * K + k[None, :], mask=(b < B)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    place, inside = out + b[:, None] * N + n[None, :], (b < B)[:, None] & (n < N)[None, :]
+    if ADD:
+        before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if ln_weight is not None:
+        gain, shift = tl.load(ln_weight + k, mask=k < K, other=0.0), tl.load(ln_bias + k, mask=k < K, other=0.0)
+    if scale is not None:
+        unit = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+
+    if ln_weight is not None:
+        centered = tl.where((k < K)[None, :], row - tl.sum(row, 1)[:, None] / K, 0.0)
+        row = centered / tl.sqrt(tl.sum(centered * centered, 1)[:, None] / K + eps)
+        row = row * gain.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
+    y = tl.sum(row[:, None, :] * w.to(tl.float32)[None, :, :], 2)  # (BLOCK_B, BLOCK_N)
+    if scale is not None:
+        y *= unit[None, :]
+    if bias is not None:
+        y += offset[None, :]
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0)
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION != "":  # the tanh approximation; (1 + tanh(z)) / 2 is sigmoid(2 z)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if ADD:
+        y += before
+    tl.store(place, y, mask=inside)
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    qkv, k_held, v_held, at, y, scale, size, C, HS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr
+):
+    """The new tokens' (B, 3C) keys and values enter the cache's (B, nh, size, HS), and their queries see all of it: y (B, C).
+    A program for a head of a row; the softmax is made on the way (Milakov and Gimelshein 2018)."""
+    head, b = tl.program_id(0), tl.program_id(1)
+    h = tl.arange(0, BLOCK)
+    new = qkv + b * 3 * C + head * HS + h
+    q = tl.load(new, mask=h < HS, other=0.0).to(tl.float32) * scale
+    k_new = tl.load(new + C, mask=h < HS, other=0.0)
+    v_new = tl.load(new + 2 * C, mask=h < HS, other=0.0)
+    held = tl.load(at + b)
+    row = (b.to(tl.int64) * tl.num_programs(0) + head) * size * HS
+    tl.store(k_held + row + held * HS + h, k_new, mask=h < HS)
+    tl.store(v_held + row + held * HS + h, v_new, mask=h < HS)
+
+    top, total, mixed = tl.sum(q * k_new.to(tl.float32)), 1.0, v_new.to(tl.float32)
+    for start in range(0, held, TOKENS):
+        s = start + tl.arange(0, TOKENS)
+        place, there = row + s[:, None] * HS + h[None, :], (s < held)[:, None] & (h < HS)[None, :]
+        k = tl.load(k_held + place, mask=there, other=0.0).to(tl.float32)  # (TOKENS, BLOCK)
+        v = tl.load(v_held + place, mask=there, other=0.0).to(tl.float32)
+        scores = tl.where(s < held, tl.sum(q[None, :] * k, 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores))
+        shrink, weights = tl.exp(top - higher), tl.exp(scores - higher)
+        total = total * shrink + tl.sum(weights)
+        mixed = mixed * shrink + tl.sum(weights[:, None] * v, 0)
+        top = higher
+    tl.store(y + b * C + head * HS + h, mixed / total, mask=h < HS)

@@ -1,0 +1,191 @@
+"""The kernels of `fused.py` against the model: on a GPU where there is one, else by Triton's interpreter, which runs what they
+say on a CPU. That a GPU's compiler takes them needs no GPU."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+from gpt2cli import fused
+from gpt2cli.ahead import Graphs
+from gpt2cli.cache import KVCache, Masked, Prompts
+from gpt2cli.config import ACTIVATIONS, SamplingConfig
+from gpt2cli.linear import prepare
+
+from .conftest import make_model
+from .test_generate import continuations
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+SHAPES = [
+    {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True},
+    {"n_head": 3, "n_embd": 30, "n_inner": 50, "vocab_size": 41, "block_size": 33},  # nothing is a power of two
+    {"scale_attn_weights": False, "layer_norm_epsilon": 0.1},
+]
+
+
+@torch.inference_mode()
+def apart(model, lengths, steps=1):
+    """Largest distances of logits and of what the cache holds, after steps of rows that hold `lengths` tokens."""
+    torch.manual_seed(1)
+    V, B = model.config.vocab_size, len(lengths)
+    caches = [KVCache(model.config, B + 1, model.config.block_size, model.wpe.weight) for _ in range(2)]
+    for n, length in enumerate(lengths):
+        ids = torch.randint(V, (1, length), device=DEVICE)
+        for cache in caches:
+            model.hidden(ids, Prompts(cache, n))
+            cache.lengths[n] = length
+    new, kernels = torch.randint(V, (B,), device=DEVICE), fused.Fused(model, caches[1])
+    distances = []
+    for _ in range(steps):
+        for cache in caches:
+            cache.tell()
+        expected = model.head(model.hidden(new[:, None], Masked(caches[0], B, caches[0].size))[:, -1])
+        kernels.step(new, found := torch.zeros_like(expected))
+        pairs = (found, expected), (caches[0].k, caches[1].k), (caches[0].v, caches[1].v)
+        distances += [(a - b).abs().max() for a, b in pairs]
+        for cache in caches:
+            cache.lengths[:B] = [length + 1 for length in cache.lengths[:B]]
+        new = expected.argmax(dim=-1)
+    assert not caches[1].k[:, B].any()  # the row that has nothing yet
+    return float(torch.stack(distances).max())
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5]])
+def test_a_step_is_the_models(lengths):
+    assert apart(make_model(n_layer=1).to(DEVICE), lengths, steps=2) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_the_models_in_every_shape(shape, monkeypatch):
+    monkeypatch.setattr(fused, "NUMBERS", 64)  # many programs, and many looks at the tokens
+    assert apart(make_model(**shape).to(DEVICE), [31, 2]) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_step_is_the_models_with_every_activation(activation):
+    assert apart(make_model(n_layer=1, activation_function=activation).to(DEVICE), [5]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_step_in_16_bits_is_the_models(dtype, close, quantize):
+    """Logits are up to about 3 here, keys and values too."""
+    model = make_model().to(DEVICE, dtype)
+    if quantize:
+        prepare(model, quantize)
+        close = 0.04  # it rounds to bf16
+    assert 0 < apart(model, [5, 3]) < close
+
+
+@pytest.fixture(autouse=True)
+def in_full_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+class Unrecorded(Graphs):
+    """The way of a GPU without its records, which the interpreter's kernels cannot be in."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.used = True
+
+    def run(self, key, work):
+        type(self).keys.append(key)
+        work()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What was done step by step, where the kernels are taken."""
+    monkeypatch.setattr(fused.Fused, "verdicts", {})
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "_fused", fused.Fused)
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", Unrecorded)
+    monkeypatch.setattr(Unrecorded, "keys", [], raising=False)
+    return Unrecorded.keys
+
+
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [3, 5], [8, 9, 7, 9]]
+
+
+def test_rows_are_continued_as_by_the_model(taken, monkeypatch):
+    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=4, seed=3, repetition_penalty=1.3)
+    ending = {"rows": 5, "stop": lambda prompt, token: prompt in (0, 2, 3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = continuations(model, PROMPTS, config, **ending)
+    steps = [key for key in taken if key[0] != "choose"]
+    assert steps == [("step", 5, 16), ("fused step", 2)]  # 5 are too many, and the first of 2 is where they are tried
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "_fused", lambda model, cache: None)
+    assert [ids for ids, _, _ in found] == [ids for ids, _, _ in continuations(model, PROMPTS, config, **ending)]
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_kernels_that_do_not_work_are_told_and_not_taken(taken, fault, monkeypatch):
+    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=4, greedy=True)
+    expected = continuations(model, PROMPTS[:1], config)
+    fused.Fused.verdicts.clear()
+    plain = fused._layer
+
+    def faulty(x, layer, out, B, norm=None, activation="", add=False):
+        if fault == "broken":
+            raise RuntimeError("no ptxas\nat all")
+        plain(x, layer, out, B, norm, activation, add=False)
+
+    monkeypatch.setattr(fused, "_layer", faulty)
+    with pytest.warns(
+        UserWarning, match="RuntimeError: no ptxas$" if fault == "broken" else "deviations away from the model's"
+    ):
+        assert continuations(model, PROMPTS[:1], config) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is told once
+        assert continuations(model, PROMPTS[:1], config) == expected
+
+
+def test_all_steps_are_made_alike(taken):
+    """The first, in which the kernels are tried, too: the logits are theirs in every one."""
+    model, config = make_model(n_layer=1).to(DEVICE, torch.bfloat16), SamplingConfig(max_new_tokens=4, greedy=True)
+    first, second = (continuations(model, PROMPTS[:1], config, logprobs=True) for _ in range(2))
+    assert first == second and taken.count(("fused step", 1)) == 2 + 3
+
+
+COMPILE = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from gpt2cli import fused
+
+    def compiled(kernel, arguments):
+        # arguments: a type, or the value of what is known then
+        known = {(n,): value for n, value in enumerate(arguments) if not isinstance(value, str) or value in ("gelu_new", "")}
+        signature = {name: "constexpr" if (n,) in known else arguments[n] for n, name in enumerate(kernel.arg_names)}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
+
+    b, f = "*bf16", "*fp32"
+    ln, none = [b, b, "fp32"], [None, None, 0.0]
+    sizes = [1, 8, 1024]
+    assert compiled(fused._embed, ["*i64", "*i64", b, b, f, 768, 1024])
+    assert compiled(fused._linear, [f, b, None, b, *ln, b, "i32", 768, 1, "gelu_new", False, *sizes])
+    assert compiled(fused._linear, [b, "*i8", b, None, *none, f, "i32", 768, 3, "", True, 4, 2, 1024])
+    assert compiled(fused._attend, [b, b, b, "*i64", b, "fp32", "i32", "i32", 64, 64, 256])
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
