@@ -12,6 +12,7 @@ import torch
 
 from gpt2cli import device, memory
 from gpt2cli.config import GPTConfig, TrainConfig
+from gpt2cli.errors import many
 from gpt2cli.loss import rows_at_once
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
@@ -30,6 +31,11 @@ def decide_batch(train: TrainConfig, model: GPTConfig, train_tokens: int, world_
     tokens_per_step = math.ceil(rows / B) * B * T
     if tokens_per_step != train.tokens_per_step:
         notes.append(f"{tokens_per_step:,} tokens a step: whole micro-steps of {B} rows of {T}")
+    if rows < world_size:
+        notes.append(
+            f"{world_size - rows} of the {world_size} ranks have nothing to do, an update being {many(rows, 'row')} of {T} "
+            f"tokens: use --tokens-per-step {world_size * T}, or fewer processes"
+        )
     return replace(train, batch_size=B, tokens_per_step=tokens_per_step)
 
 

@@ -118,12 +118,12 @@ class _Text:
 # ==== files of prompts ====
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, each an object with a `prompt` (a string alone is one, too). Raises UserError, naming the
-    line."""
+def read_prompts(data: bytes, path: object) -> list[dict[str, Any]]:
+    """The lines of JSONL, each an object with a `prompt` (a string alone is one, too). Raises UserError, naming the line, and
+    the `path` it is from."""
     lines: list[dict[str, Any]] = []
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: bad byte at offset {error.start}") from None
     for number, line in enumerate(text.split("\n"), 1):
@@ -169,7 +169,7 @@ class InOrder:
     """Lines that are ready in any order, written in theirs."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        self._write, self._ready, self._next = write, dict[int, str](), 0
+        self._write, self._ready, self.next = write, dict[int, str](), 0
 
     def put(self, number: int, line: str) -> None:
         self._ready[number] = line
@@ -177,6 +177,6 @@ class InOrder:
             self._write(line + "\n")
 
     def _written(self) -> Iterator[str]:
-        while self._next in self._ready:
-            yield self._ready.pop(self._next)
-            self._next += 1
+        while self.next in self._ready:
+            yield self._ready.pop(self.next)
+            self.next += 1

@@ -1,4 +1,4 @@
-"""The one exception that is shown to people, and how sizes are written in it."""
+"""The one exception that is shown to people, and how sizes and numbers are written in it."""
 
 
 class UserError(Exception):
@@ -7,6 +7,11 @@ class UserError(Exception):
 
 class Told(UserError):
     """A mistake that another process of the same run shows: here only the exit status tells of it."""
+
+
+def many(count: int, thing: str) -> str:
+    """1, "token" -> 1 token; 1000, "token" -> 1,000 tokens"""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def size(count: float) -> str:

@@ -167,8 +167,10 @@ class Rows:
                 self._step(self.cache.rows(B), B)
             self.cache.lengths[:B] = [length + 1 for length in self.cache.lengths[:B]]
         if full:
-            seen = self._tensor([self.rows[n].ids[-block_size:] for n in full])
-            self.logits[full] = self.model.head(self._hidden(seen)[:, -1])
+            some = max(1, PROMPT_TOKENS // block_size)
+            for places in (full[n : n + some] for n in range(0, len(full), some)):
+                seen = self._tensor([self.rows[n].ids[-block_size:] for n in places])
+                self.logits[places] = self.model.head(self._hidden(seen)[:, -1])
 
     def _step_ahead(self, B: int) -> None:
         self.cache.tell()

@@ -1,5 +1,6 @@
 """Text from text: stop strings, streaming, files of prompts, and the command around them."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt2cli import Encoding
+from gpt2cli.commands import sample
 from gpt2cli.complete import InOrder, _Text, complete, read_prompts
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
@@ -109,7 +111,7 @@ def test_lines_are_written_in_order_as_soon_as_they_can_be():
 def test_a_file_of_prompts_that_cannot_be_read_names_the_line(tmp_path, text, says):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(UserError, match=says):
-        read_prompts(tmp_path / "p.jsonl")
+        read_prompts((tmp_path / "p.jsonl").read_bytes(), "p.jsonl")
 
 
 def test_many_prompts_of_many_lengths_come_back_in_order(gpt2, run_folder):
@@ -162,6 +164,42 @@ def test_a_file_of_results_that_was_cut_off_is_gone_on_with(gpt2, run_folder):
     assert "add --prompts and --out" in gpt2("sample", run_folder, "--prompt", "O", "--resume").err
 
 
+def test_prompts_come_from_standard_input_too(gpt2, run_folder, monkeypatch):
+    lines = '{"prompt": "O"}\n"Romeo"\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    done = gpt2("sample", run_folder, "--prompts", "-", "--max-new-tokens", 1, "--ignore-eos")
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["O", "Romeo"]
+    assert done.err.startswith("2 tokens, ")
+    done = gpt2("sample", run_folder, "--prompt", "O", "--max-new-tokens", 1, "--ignore-eos")
+    assert done.err.startswith("1 token, ")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}")))
+    assert "standard input, line 1: expected an object" in gpt2("sample", run_folder, "--prompts", "-").err
+
+
+@pytest.mark.parametrize("how, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])  # as SIGTERM does
+def test_what_is_interrupted_is_told_how_to_go_on(gpt2, run_folder, monkeypatch, how, code):
+    Path("p.jsonl").write_text('"O"\n' * 3)
+    command = ["sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--max-new-tokens", 2, "--batch-size", 1]
+    assert gpt2(*command).code == 0
+    whole = Path("o.jsonl").read_bytes()
+    Path("o.jsonl").unlink()
+    end = sample.Lines.end
+
+    def interrupted(self, number, result):
+        end(self, number, result)
+        if number == 1:
+            raise how
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sample.Lines, "end", interrupted)
+        done = gpt2(*command)
+    assert done.code == code and "o.jsonl has 2 of 3 results: the same command with --resume goes on" in done.err
+    assert gpt2(*command, "--resume").code == 0 and Path("o.jsonl").read_bytes() == whole
+    monkeypatch.setattr(sample.Stream, "text", lambda self, number, piece: (_ for _ in ()).throw(how))
+    done = gpt2("sample", run_folder, "--prompt", "O")
+    assert (done.code, done.out) == (code, "\n")
+
+
 def test_options_of_sample_do_what_they_say(gpt2, run_folder):
     command = ["sample", run_folder, "--prompt", "First Citizen", "--max-new-tokens", 12, "--ignore-eos"]
     free = json.loads(gpt2(*command, "--json", "--logprobs").out)["samples"][0]
@@ -191,6 +229,8 @@ def test_options_of_sample_do_what_they_say(gpt2, run_folder):
         (("--prompt", "x", "--overflow", "wrap"), "must be stop, slide or error"),
         (("--prompt", "x", "--quantize", "int4"), "--quantize int4 is unknown"),
         (("--prompts", "missing.jsonl"), "missing.jsonl: No such file"),
+        (("--prompt", "x", "--greedy", "--top-p", "0.9"), "whatever the --top-p"),
+        (("--prompt", "x", "--temperature", "0.8", "--greedy"), "whatever the --temperature"),
     ],
 )
 def test_mistakes_are_told(gpt2, run_folder, arguments, says):

@@ -198,8 +198,9 @@ def test_prompts_enter_together_and_the_same_one_only_once(monkeypatch):
 
 
 @pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("rows", [2, 4])
-def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows):
+@pytest.mark.parametrize("rows, most", [(2, 2048), (4, 2048), (4, 18), (4, 1)])
+def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows, most, monkeypatch):
+    monkeypatch.setattr(sys.modules["gpt2cli.rows"], "PROMPT_TOKENS", most)
     model = make_model(block_size=9)
     prompts = [[n % 97 for n in range(30)], [1, 2], [4] * 8, [7]]
     slide = SamplingConfig(greedy=True, max_new_tokens=14, overflow="slide")

@@ -123,6 +123,16 @@ def test_a_run_from_before_there_was_patience_keeps_its_ways(text_file, gpt2):
 # ==== what cannot be meant, or cannot work ====
 
 
+def test_ranks_with_nothing_to_do_are_told(text_file):
+    def notes(world_size, **settings):
+        settings = {"seq_len": 32, "device": "cpu"} | settings
+        return make_plan(text_file, {"n_layer": 1}, TrainConfig(**settings), world_size=world_size).notes
+
+    (told,) = notes(3, tokens_per_step=64)
+    assert told.startswith("1 of the 3 ranks have nothing to do, an update being 2 rows") and "--tokens-per-step 96" in told
+    assert not notes(2, tokens_per_step=64)
+
+
 def test_a_learning_rate_that_cannot_be_meant_is_told_before_the_run(text_file):
     def notes(**settings):
         return " ".join(make_plan(text_file, {"n_layer": 1}, TrainConfig(seq_len=32, device="cpu", **settings)).notes)

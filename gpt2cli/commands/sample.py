@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpt2cli.commands.settings import source_of
 from gpt2cli.config import CHOICES, SamplingConfig
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, many
 
 if TYPE_CHECKING:
     from gpt2cli.checkpoint import Loaded
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 CHOOSING, ENDING, MANY, MACHINE = "Choosing the next token", "Where it ends", "Many prompts", "Machine"
 SAMPLING = SamplingConfig()
+DRAWING = ("temperature", "top_k", "top_p", "min_p")  # which change nothing about which token is the likeliest
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -66,7 +69,8 @@ def command(
         ),
     ] = SAMPLING.overflow,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSONL with a "prompt" a line; gives JSONL.', rich_help_panel=MANY)
+        Path | None,
+        typer.Option(help='JSONL with a "prompt" a line, or - for standard input; gives JSONL.', rich_help_panel=MANY),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="New file for what --prompts gives; by default stdout.", rich_help_panel=MANY)
@@ -98,6 +102,10 @@ def command(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, greedy=greedy, seed=seed, overflow=overflow
     )
     check_options(prompts, prompt, prompt_file, out, logprobs, as_json, resume)
+    if greedy and (given := [name for name in DRAWING if source_of(context, name) == "COMMANDLINE"]):
+        raise UserError(
+            f"--greedy takes the likeliest token, whatever the --{given[0].replace('_', '-')}: leave out one of them"
+        )
 
     from gpt2cli.commands import console
     from gpt2cli.complete import complete, done_already
@@ -115,18 +123,22 @@ def command(
             file = stack.enter_context(opened(out, resume)) if out else sys.stdout
             show = Lines(lines, num_samples, config.seed, done, file)
         loaded = load(model)
-        result = complete(
-            place(loaded.model, device, dtype, quantize, rows),
-            loaded.encoding,
-            [line["prompt"] for line in lines],
-            config,
-            stop=stop or (),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            rows=rows,
-            on_text=show.text,
-            on_end=show.end,
-        )
+        try:
+            result = complete(
+                place(loaded.model, device, dtype, quantize, rows),
+                loaded.encoding,
+                [line["prompt"] for line in lines],
+                config,
+                stop=stop or (),
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                rows=rows,
+                on_text=show.text,
+                on_end=show.end,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            show.interrupted()
+            raise
         show.finish()
     if as_json:
         console.print_json(as_object(result, str(loaded.folder), seed))
@@ -156,7 +168,12 @@ def read_lines(prompts: Path | None, prompt: str | None, prompt_file: Path | Non
     """One object with a `prompt` for each sample."""
     from gpt2cli.complete import read_prompts
 
-    lines = read_prompts(prompts) if prompts else [{"prompt": read_prompt(prompt, prompt_file)}]
+    if prompts == Path("-"):
+        lines = read_prompts(sys.stdin.buffer.read(), "standard input")
+    elif prompts:
+        lines = read_prompts(prompts.read_bytes(), prompts)
+    else:
+        lines = [{"prompt": read_prompt(prompt, prompt_file)}]
     return [line for line in lines for _ in range(num_samples)]
 
 
@@ -219,7 +236,7 @@ def tell(result: Completion, seed: int, folder: Path, block_size: int) -> None:
     if any(sample.finish_reason == "context" for sample in result.samples):
         console.note(f"stopped at the end of the context ({block_size:,} tokens); see --overflow slide")
     console.note(
-        f"{sum(len(sample.tokens) for sample in result.samples):,} tokens, {result.tokens_per_second:,.1f} tokens/s, "
+        f"{many(sum(len(sample.tokens) for sample in result.samples), 'token')}, {result.tokens_per_second:,.1f} tokens/s, "
         f"first after {result.time_to_first_token:.2f} s, seed {seed}, {folder}"
     )
 
@@ -233,6 +250,8 @@ class Quiet:
     def end(self, number: int, sample: Sample) -> None: ...
 
     def finish(self) -> None: ...
+
+    def interrupted(self) -> None: ...
 
 
 class Stream(Quiet):
@@ -252,6 +271,9 @@ class Stream(Quiet):
         sys.stdout.write("\n".join(self.texts) + "\n")
         sys.stdout.flush()
 
+    def interrupted(self) -> None:
+        sys.stdout.write("\n")
+
 
 class Lines(Quiet):
     """One JSON line a sample, in the order of the prompts: the prompt's own line, and what became of it."""
@@ -268,3 +290,10 @@ class Lines(Quiet):
         line = self.lines[number] | which | {"seed": self.seed + number} | result
         self.ordered.put(number, json.dumps(line, ensure_ascii=False))
         self.file.flush()
+
+    def interrupted(self) -> None:
+        from gpt2cli.commands import console
+
+        if self.file is not sys.stdout:
+            done, whole = self.before + self.ordered.next, self.before + len(self.lines)
+            console.note(f"{self.file.name} has {done:,} of {whole:,} results: the same command with --resume goes on")
