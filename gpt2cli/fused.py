@@ -1,8 +1,8 @@
-"""One more token for a few rows on a GPU, in five kernels a layer, written in Triton.
+"""One more token of each row on a GPU, with kernels of our own, written in Triton.
 
 Through torch a token is some 14 small kernels a layer, each of which takes longer to begin and to end than to read its part of
-the weights. Here LayerNorm, product, bias, activation and residual are one kernel, and so are the cache and the attention. With
-more rows than `ROWS` the products are worth a library's.
+the weights. Here they are five for a few rows: LayerNorm, product, bias, activation and residual are one kernel, and so are the
+cache and the attention, which reads what a row holds and no more. With more rows than `FEW` the products are a library's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from gpt2cli.cache import KVCache
-from gpt2cli.model import GPT, Block
+from gpt2cli.model import ACTIVATIONS, GPT, Block
 
-ROWS = 4
+FEW = 4  # rows
 WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at once
 NUMBERS = 8192  # products that a program makes, where that is enough for an output
 PER_THREAD = 64  # of them
@@ -29,17 +29,17 @@ CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 class Fused:
-    """Steps of up to `ROWS` rows of `cache`: the numbers are the model's but for rounding. The buffers stay where they are, as
-    a CUDA graph wants it."""
+    """Steps of the first rows of `cache`: the numbers are the model's but for rounding. The buffers stay where they are, as a
+    CUDA graph wants it."""
 
     verdicts: ClassVar[dict[Hashable, bool]] = {}  # once in a process is enough
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        C, like = model.config.n_embd, model.wpe.weight
+        C, like, rows = model.config.n_embd, model.wpe.weight, cache.k.shape[1]
         self._model, self._cache = model, cache
-        self._x = like.new_zeros(ROWS, C, dtype=torch.float32)  # the residual stream
-        self._qkv, self._y = like.new_zeros(ROWS, 3 * C), like.new_zeros(ROWS, C)
-        self._inner = like.new_zeros(ROWS, model.config.inner_size)
+        self._x = like.new_zeros(rows, C, dtype=torch.float32)  # the residual stream
+        self._qkv, self._y = like.new_zeros(rows, 3 * C), like.new_zeros(rows, C)
+        self._inner = like.new_zeros(rows, model.config.inner_size)
         self._blocks = cast("Sequence[Block]", model.h)
         self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
 
@@ -49,23 +49,28 @@ class Fused:
             self._step(ids, logits)
 
     def _step(self, ids: Tensor, logits: Tensor) -> None:
-        config, B, x, at = self._model.config, len(ids), self._x, self._cache.at
+        config, B, at = self._model.config, len(ids), self._cache.at
+        x, qkv, y, inner = (buffer[:B] for buffer in (self._x, self._qkv, self._y, self._inner))
         C, hs = config.n_embd, config.head_size
         whole, head = triton.next_power_of_2(C), triton.next_power_of_2(hs)
         many = min(256, max(16, 2 * NUMBERS // head))  # tokens to see at once
+        layer = _few if B <= FEW else _many
         _embed[(B,)](ids, at, self._model.wte.weight, self._model.wpe.weight, x, C, whole)
         for block, k, v in zip(self._blocks, self._cache.k, self._cache.v, strict=True):
             attn, mlp, heads = block.attn, block.mlp, (config.n_head, B)
-            _layer(x, attn.c_attn, self._qkv, B, norm=block.ln_1)
-            _attend[heads](self._qkv, k, v, at, self._y, attn.scale, self._cache.size, C, hs, head, many, num_warps=8)
-            _layer(self._y, attn.c_proj, x, B, add=True)
-            _layer(x, mlp.c_fc, self._inner, B, norm=block.ln_2, activation=config.activation_function)
-            _layer(self._inner, mlp.c_proj, x, B, add=True)
-        _layer(x, self._head, logits, B, norm=self._model.ln_f)
+            qkv = layer(x, attn.c_attn, qkv, norm=block.ln_1)
+            _attend[heads](qkv, k, v, at, y, attn.scale, self._cache.size, C, hs, head, many, num_warps=8)
+            layer(y, attn.c_proj, x, add=True)
+            inner = layer(x, mlp.c_fc, inner, norm=block.ln_2, activation=config.activation_function)
+            layer(inner, mlp.c_proj, x, add=True)
+        if B > FEW:
+            logits.copy_(self._model.head(self._model.ln_f(x.to(logits.dtype))))
+        else:
+            _few(x, self._head, logits, norm=self._model.ln_f)
 
     def verdict(self, B: int) -> bool | None:
         """Whether steps of B rows of such a model are right; None where that is not known yet."""
-        return False if B > ROWS else Fused.verdicts.get(self._kind(B))
+        return Fused.verdicts.get(self._kind(B))
 
     def judge(self, ids: Tensor, logits: Tensor) -> None:
         """Do a step that the model has just done, and find whether the `logits` are the same. If so they become those of here,
@@ -97,16 +102,25 @@ def suits(model: GPT) -> bool:
     return right and max(config.n_embd, config.inner_size) <= WIDEST
 
 
-def _layer(
-    x: Tensor, layer: Any, out: Tensor, B: int, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
-) -> None:
-    """out[:B] = layer(x[:B]), or += with `add`; x through `norm` first, then the `activation`. The layer is an `nn.Linear` or
-    `linear.Int8Linear`."""
+def _many(
+    x: Tensor, layer: Any, out: Tensor, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
+) -> Tensor:
+    """layer(x), or with `add` out += layer(x); x (B, K) through `norm` first, then the `activation`."""
+    y = layer(x if norm is None else norm(x.to(norm.weight.dtype)))
+    y = ACTIVATIONS[activation](y) if activation else y
+    return out.add_(y) if add else y
+
+
+def _few(
+    x: Tensor, layer: Any, out: Tensor, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
+) -> Tensor:
+    """What `_many` does, in one kernel and in the memory of `out`. The layer is an `nn.Linear` or a `linear.Int8Linear`."""
     weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
-    N, K = weight.shape
+    B, (N, K) = len(x), weight.shape
     sizes = blocks(B, N, K)
     ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
     _linear[(triton.cdiv(N, sizes["BLOCK_N"]),)](x, weight, scale, bias, *ln, out, N, K, B, activation, add, **sizes)
+    return out
 
 
 def blocks(B: int, N: int, K: int) -> dict[str, int]:

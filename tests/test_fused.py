@@ -59,7 +59,7 @@ def apart(model, lengths, steps=1):
     return float(torch.stack(distances).max())
 
 
-@pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5]])
+@pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5], [9, 1, 2, 30, 4, 5]])
 def test_a_step_is_the_models(lengths):
     assert apart(make_model(n_layer=1).to(DEVICE), lengths, steps=2) < 1e-5
 
@@ -83,7 +83,8 @@ def test_a_step_in_16_bits_is_the_models(dtype, close, quantize):
     if quantize:
         prepare(model, quantize)
         close = 0.04  # it rounds to bf16
-    assert 0 < apart(model, [5, 3]) < close
+    for lengths in ([5, 3], [5, 3, 1, 2, 7]):
+        assert 0 < apart(model, lengths) < close
 
 
 @pytest.fixture(autouse=True)
@@ -120,15 +121,24 @@ PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [3, 5], [8, 9, 7, 9]]
 
 
 def test_rows_are_continued_as_by_the_model(taken, monkeypatch):
-    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=4, seed=3, repetition_penalty=1.3)
-    ending = {"rows": 5, "stop": lambda prompt, token: prompt in (0, 2, 3)}
+    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=6, seed=3, repetition_penalty=1.3)
+
+    def continued():
+        count = [0] * 5  # tokens of each prompt
+
+        def stop(prompt, token):
+            count[prompt] += 1
+            return prompt in (0, 2, 3) and count[prompt] == 3
+
+        return [ids for ids, _, _ in continuations(model, PROMPTS, config, rows=5, stop=stop)]
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = continuations(model, PROMPTS, config, **ending)
+        found = continued()
     steps = [key for key in taken if key[0] != "choose"]
-    assert steps == [("step", 5, 16), ("fused step", 2)]  # 5 are too many, and the first of 2 is where they are tried
+    assert steps == [("fused step", 5)] * 2 + [("fused step", 2)]  # beside the first of each size, where they are tried
     monkeypatch.setattr(sys.modules["gpt2cli.rows"], "_fused", lambda model, cache: None)
-    assert [ids for ids, _, _ in found] == [ids for ids, _, _ in continuations(model, PROMPTS, config, **ending)]
+    assert found == continued()
 
 
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
@@ -136,14 +146,14 @@ def test_kernels_that_do_not_work_are_told_and_not_taken(taken, fault, monkeypat
     model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=4, greedy=True)
     expected = continuations(model, PROMPTS[:1], config)
     fused.Fused.verdicts.clear()
-    plain = fused._layer
+    plain = fused._few
 
-    def faulty(x, layer, out, B, norm=None, activation="", add=False):
+    def faulty(x, layer, out, norm=None, activation="", add=False):
         if fault == "broken":
             raise RuntimeError("no ptxas\nat all")
-        plain(x, layer, out, B, norm, activation, add=False)
+        return plain(x, layer, out, norm, activation, add=False)
 
-    monkeypatch.setattr(fused, "_layer", faulty)
+    monkeypatch.setattr(fused, "_few", faulty)
     with pytest.warns(
         UserWarning, match="RuntimeError: no ptxas$" if fault == "broken" else "deviations away from the model's"
     ):
