@@ -178,7 +178,8 @@ COMPILE = """
 
     def compiled(kernel, arguments):
         # arguments: a type, or the value of what is known then
-        known = {(n,): value for n, value in enumerate(arguments) if not isinstance(value, str) or value in ("gelu_new", "")}
+        types = [isinstance(value, str) and (value[:1] == "*" or value in ("i32", "fp32")) for value in arguments]
+        known = {(n,): value for n, value in enumerate(arguments) if not types[n]}
         signature = {name: "constexpr" if (n,) in known else arguments[n] for n, name in enumerate(kernel.arg_names)}
         source = ASTSource(fn=kernel, signature=signature, constexprs=known)
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
@@ -187,7 +188,10 @@ COMPILE = """
     ln, none = [b, b, "fp32"], [None, None, 0.0]
     sizes = [1, 8, 1024]
     assert compiled(fused._embed, ["*i64", "*i64", b, b, f, 768, 1024])
-    assert compiled(fused._linear, [f, b, None, b, *ln, b, "i32", 768, 1, "gelu_new", False, *sizes])
+    for activation in ("gelu_new", "gelu", "silu", "relu"):
+        assert compiled(fused._linear, [f, b, None, b, *ln, b, "i32", 768, 1, activation, False, *sizes])
+    assert compiled(fused._linear, [f, f, None, f, f, f, "fp32", f, "i32", 768, 1, "", False, *sizes])
+    assert compiled(fused._attend, [f, f, f, "*i64", f, "fp32", "i32", "i32", 64, 64, 256])
     assert compiled(fused._linear, [b, "*i8", b, None, *none, f, "i32", 768, 3, "", True, 4, 2, 1024])
     assert compiled(fused._attend, [b, b, b, "*i64", b, "fp32", "i32", "i32", 64, 64, 256])
 """
