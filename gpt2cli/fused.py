@@ -7,8 +7,9 @@ cache and the attention, which reads what a row holds and no more. With more row
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -18,12 +19,15 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from gpt2cli.cache import KVCache
+from gpt2cli.config import SamplingConfig
 from gpt2cli.model import ACTIVATIONS, GPT, Block
+from gpt2cli.sampling import choose
 
 FEW = 4  # rows
 WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at once
 NUMBERS = 8192  # products that a program makes, where that is enough for an output
 PER_THREAD = 64  # of them
+LOOK = 4096  # logits at once
 # How far apart logits may be, in their deviations. The model's products in fp32 may be of TF32.
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -75,24 +79,46 @@ class Fused:
     def judge(self, ids: Tensor, logits: Tensor) -> None:
         """Do a step that the model has just done, and find whether the `logits` are the same. If so they become those of here,
         so that all steps are made alike; if not, it is said why."""
-        reason = None
-        try:
-            ours, theirs = torch.empty_like(logits), logits.float()
+        ours = torch.empty_like(logits)
+
+        def fault() -> str | None:
             self.step(ids, ours)
-            apart = float((ours.float() - theirs).square().mean().sqrt() / theirs.std())
-            if not apart <= CLOSE[logits.dtype]:
-                reason = f"their logits are {apart:.2g} deviations away from the model's"
-        except Exception as error:  # a compiler raises what it likes
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0][:200]}"
-        if reason is None:
+            apart = float((ours.float() - logits).square().mean().sqrt() / logits.float().std())
+            return None if apart <= CLOSE[logits.dtype] else f"their logits are {apart:.2g} deviations away from the model's"
+
+        if _judge(self._kind(len(ids)), fault):
             logits.copy_(ours)
-        else:
-            warnings.warn(f"the fused kernels do not work here, so decoding is slower: {reason}", stacklevel=2)
-        Fused.verdicts[self._kind(len(ids))] = reason is None
+
+    def drawing(self, config: SamplingConfig, V: int) -> Callable[[Tensor, SamplingConfig, Tensor], Tensor]:
+        """`draw`, or `sampling.choose` where that does not choose the same of V ids, or is the faster one."""
+        kind, device = ("draw", V, config.top_k, config.top_p, self._x.device), self._x.device
+
+        def fault() -> str | None:
+            places = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(device)
+            logits = -0.1 * config.temperature * places.float().expand(16, V)  # each a tenth less likely than the one before
+            uniform = (torch.arange(16, device=device) + 0.5) / 16
+            same = torch.equal(draw(logits, config, uniform), choose(logits, config, uniform))
+            return None if same else "they draw other tokens than torch's"
+
+        if config.greedy or not (Fused.verdicts[kind] if kind in Fused.verdicts else _judge(kind, fault)):
+            return choose
+        return draw
 
     def _kind(self, B: int) -> Hashable:
         return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B
+
+
+def _judge(kind: Hashable, fault: Callable[[], str | None]) -> bool:
+    """Whether there is none; otherwise it is told, once."""
+    try:
+        reason = fault()
+    except Exception as error:  # a compiler raises what it likes
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:200]}"
+    if reason is not None:
+        warnings.warn(f"the fused kernels do not work here, so decoding is slower: {reason}", stacklevel=3)
+    Fused.verdicts[kind] = reason is None
+    return reason is None
 
 
 def suits(model: GPT) -> bool:
@@ -100,6 +126,19 @@ def suits(model: GPT) -> bool:
     like, config = model.wpe.weight, model.config
     right = like.is_cuda and like.dtype in CLOSE and not torch.is_autocast_enabled("cuda")
     return right and max(config.n_embd, config.inner_size) <= WIDEST
+
+
+def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
+    """What `sampling.choose` does, in one kernel and without sorting; ids that are exactly as likely are kept together."""
+    B, V = logits.shape
+    logits, drawn = logits.contiguous(), torch.empty(B, dtype=torch.int64, device=logits.device)
+    top_k = None if config.top_k is None else float(min(config.top_k, V))
+    top_p = None if config.top_p is None or config.top_p >= 1 else config.top_p
+    least = math.log(config.min_p) if config.min_p else -math.inf
+    block = min(LOOK, triton.next_power_of_2(V))
+    with torch.cuda.device_of(logits):
+        _draw[(B,)](logits, uniform, drawn, V, config.temperature, top_k, top_p, least, BLOCK=block, num_warps=16)
+    return drawn
 
 
 def _many(
@@ -226,3 +265,61 @@ def _attend(  # type: ignore[no-untyped-def]
         mixed = mixed * shrink + tl.sum(weights[:, None] * v, 0)
         top = higher
     tl.store(y + b * C + head * HS + h, mixed / total, mask=h < HS)
+
+
+@triton.jit
+def _draw(  # type: ignore[no-untyped-def]
+    logits, uniform, drawn, V, temperature, top_k, top_p, least, BLOCK: tl.constexpr
+):
+    """A program a row of logits (B, V). `top_k`, `top_p` or both may be None; `least` is the log of min-p. x is a logit over
+    the temperature, less that of the likeliest."""
+    row = logits + tl.program_id(0).to(tl.int64) * V
+    top = float("-inf")
+    for start in range(0, V, BLOCK):
+        top = tl.maximum(top, tl.max(_x(row, start, V, temperature, 0.0, BLOCK)))
+    floor = float("-inf")
+    if top_k is not None:
+        floor = _nth(row, V, temperature, top, floor, top_k, True, BLOCK)
+    if top_p is not None:
+        enough = top_p * _kept(row, V, temperature, top, floor, False, BLOCK)
+        floor = _nth(row, V, temperature, top, floor, enough, False, BLOCK)
+    least = tl.maximum(least, floor)
+
+    target = tl.load(uniform + tl.program_id(0)) * _kept(row, V, temperature, top, least, False, BLOCK)
+    found, last, before = V, 0, 0.0
+    for start in range(0, V, BLOCK):
+        n, x = start + tl.arange(0, BLOCK), _x(row, start, V, temperature, top, BLOCK)
+        weights = tl.where(x >= least, tl.exp(x), 0.0)
+        cumulative = before + tl.cumsum(weights)
+        found = tl.minimum(found, tl.min(tl.where((cumulative > target) & (weights > 0), n, V)))
+        last = tl.maximum(last, tl.max(tl.where(weights > 0, n, 0)))
+        before = tl.max(cumulative)
+    tl.store(drawn + tl.program_id(0), tl.where(found < V, found, last))  # rounding may leave the target above the sum
+
+
+@triton.jit
+def _x(row, start, V, temperature, top, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    n = start + tl.arange(0, BLOCK)
+    return tl.where(n < V, tl.load(row + n, mask=n < V, other=0.0).to(tl.float32) / temperature - top, float("-inf"))
+
+
+@triton.jit
+def _kept(row, V, temperature, top, least, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many x are at least `least`, or the sum of their e^x."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = _x(row, start, V, temperature, top, BLOCK)
+        sums += tl.where(x >= least, 1.0 if COUNT else tl.exp(x), 0.0)
+    return tl.sum(sums)
+
+
+@triton.jit
+def _nth(row, V, temperature, top, floor, want, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest number of which there is `want` in the x from it on, which are from `floor` on, too. All x are negative or 0:
+    their bits are in the order of their sizes, so that bisecting these finds it exactly."""
+    low, high = tl.full((), 0, tl.int32), tl.full((), 0x7F800000, tl.int32)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        kept = _kept(row, V, temperature, top, tl.maximum(-middle.to(tl.float32, bitcast=True), floor), COUNT, BLOCK)
+        low, high = tl.where(kept >= want, low, middle + 1), tl.where(kept >= want, middle, high)
+    return tl.maximum(-high.to(tl.float32, bitcast=True), floor)

@@ -88,6 +88,7 @@ class Rows:
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
         self.graphs = Graphs(like.device)
         self.fused = _fused(model, self.cache) if self.graphs.used else None
+        self.draw = choose if self.fused is None else self.fused.drawing(config, self.logits[0, :n_vocab].numel())
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Compute their prompts' keys, values and first logits, several at once; those of the same prompt are copied."""
@@ -189,7 +190,7 @@ class Rows:
     def _choose(self, B: int) -> None:
         plain = self.logits[:B, : self.n_vocab].float()
         logits = plain if self.seen is None else penalize(plain, self.seen[:B, : self.n_vocab], self.config.repetition_penalty)
-        new = choose(logits, self.config, self.uniform[:B])[:, None]  # (B, 1)
+        new = self.draw(logits, self.config, self.uniform[:B])[:, None]  # (B, 1)
         self.new[:B] = new[:, 0]
         if self.seen is not None:
             self.seen[:B].scatter_(1, new, True)

@@ -18,13 +18,13 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def choose(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     """Ids (B) drawn from logits (B, V), each row by its number of `uniform` (B) in [0, 1): the first id at which the
-    cumulative probability passes it."""
+    cumulative probability of all that are kept passes it. `fused.draw` does the same on a GPU."""
     if config.greedy:
         return logits.argmax(dim=-1)
     logits = logits / config.temperature
-    ids = None  # of the columns, where they are not the vocabulary any more
+    V, ids = logits.shape[-1], None  # of the columns, where they are not the vocabulary any more
     if config.top_k is not None:
-        logits, ids = logits.topk(min(config.top_k, logits.shape[-1]), dim=-1)  # (B, k), the likeliest first
+        logits, ids = logits.topk(min(config.top_k, V), dim=-1)  # (B, k), the likeliest first
     probabilities = logits.softmax(dim=-1)
     if config.top_p is not None and config.top_p < 1:
         if ids is None:
@@ -34,10 +34,15 @@ def choose(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     if config.min_p is not None:
         least = config.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if ids is not None:  # in their order, those that are kept; the columns of others are as if of an id behind the last
+        ids, order = ids.masked_fill(probabilities == 0, V).sort(dim=-1)
+        probabilities = probabilities.gather(1, order)
     cumulative = probabilities.cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # (B, 1)
-    drawn = drawn.clamp(max=cumulative.shape[-1] - 1)
-    return drawn[:, 0] if ids is None else ids.gather(1, drawn)[:, 0]
+    total = cumulative[:, -1:]  # (B, 1)
+    below = total.nextafter(torch.zeros_like(total))  # where rounding takes a product up to the total, nothing would pass it
+    drawn = torch.searchsorted(cumulative, torch.minimum(uniform[:, None] * total, below), right=True)  # (B, 1)
+    drawn = drawn.clamp(max=cumulative.shape[-1] - 1)  # of NaN nothing passes anything
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0].clamp(max=V - 1)
 
 
 def _likeliest(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

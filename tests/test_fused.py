@@ -19,6 +19,7 @@ from gpt2cli.ahead import Graphs
 from gpt2cli.cache import KVCache, Masked, Prompts
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
 from gpt2cli.linear import prepare
+from gpt2cli.sampling import choose
 
 from .conftest import make_model
 from .test_generate import continuations
@@ -93,6 +94,50 @@ def in_full_precision():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+OPTIONS = [
+    {"top_p": None},
+    {"top_p": 0.9},
+    {"top_k": 5, "top_p": None},
+    {"top_k": 5, "top_p": 0.7, "min_p": 0.01},
+    {"top_k": 1000, "temperature": 0.02},
+    {"top_p": 1e-9, "temperature": 50.0},
+    {"min_p": 0.2, "temperature": 3.0, "top_p": None},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("look", [16, 4096])
+def test_what_is_drawn_is_what_is_chosen(options, look, monkeypatch):
+    monkeypatch.setattr(fused, "LOOK", look)
+    torch.manual_seed(0)
+    logits, uniform = 2 * torch.randn(5, 41, device=DEVICE), torch.rand(5, device=DEVICE)
+    config = SamplingConfig(**options)
+    found = fused.draw(logits[:, :37], config, uniform)  # not contiguous
+    assert torch.equal(found, choose(logits[:, :37], config, uniform))
+    assert options.get("temperature") != 50 or torch.equal(found, logits[:, :37].argmax(dim=-1))
+
+
+def test_all_that_are_as_likely_are_kept_and_ends_are_drawn():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, -torch.inf]], device=DEVICE)
+    almost = torch.tensor([1 - 2**-24], device=DEVICE)
+    for config in (SamplingConfig(top_k=2, top_p=None), SamplingConfig(top_p=0.6)):  # the likeliest alone has 0.45
+        assert fused.draw(logits, config, almost).tolist() == [4]
+        assert fused.draw(logits, config, 0 * almost).tolist() == [1]
+    assert fused.draw(logits, SamplingConfig(top_p=None), almost).tolist() == [4]
+
+
+def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
+    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=2)
+    kernels = fused.Fused(model, KVCache(model.config, 1, 8, model.wpe.weight))
+    assert kernels.drawing(config, 97) is fused.draw
+    assert kernels.drawing(SamplingConfig(greedy=True), 97) is choose
+    fused.Fused.verdicts.clear()
+    monkeypatch.setattr(fused, "draw", lambda logits, config, uniform: choose(logits, config, 0.9 * uniform))
+    with pytest.warns(UserWarning, match="they draw other tokens than torch's"):
+        assert kernels.drawing(config, 97) is choose
+    assert kernels.drawing(config, 97) is choose
 
 
 class Unrecorded(Graphs):
@@ -191,6 +236,8 @@ COMPILE = """
     for activation in ("gelu_new", "gelu", "silu", "relu"):
         assert compiled(fused._linear, [f, b, None, b, *ln, b, "i32", 768, 1, activation, False, *sizes])
     assert compiled(fused._linear, [f, f, None, f, f, f, "fp32", f, "i32", 768, 1, "", False, *sizes])
+    for top_k, top_p in (("fp32", "fp32"), ("fp32", None), (None, "fp32"), (None, None)):
+        assert compiled(fused._draw, [f, f, "*i64", "i32", "fp32", top_k, top_p, "fp32", 4096])
     assert compiled(fused._attend, [f, f, f, "*i64", f, "fp32", "i32", "i32", 64, 64, 256])
     assert compiled(fused._linear, [b, "*i8", b, None, *none, f, "i32", 768, 3, "", True, 4, 2, 1024])
     assert compiled(fused._attend, [b, b, b, "*i64", b, "fp32", "i32", "i32", 64, 64, 256])

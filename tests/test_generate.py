@@ -434,6 +434,16 @@ def test_the_distribution_is_the_one_promised(options, likeliest, monkeypatch):
     assert chi2 < {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}[int((p > 0).sum()) - 1]
 
 
+@pytest.mark.parametrize("options", [{"top_p": None}, {"top_p": 0.9}, {"top_k": 2}, {"top_p": None, "min_p": 0.5}])
+def test_ids_are_drawn_in_their_order_and_none_that_is_not_kept(options):
+    """A number that rounding takes up to the whole, and NaN, draw one, too."""
+    logits = torch.tensor([[-200.0, 2.0, 0.0, 3.0, -200.0, -200.0]]).expand(2, -1)
+    config = SamplingConfig(**options)
+    first, last = choose(logits, config, torch.tensor([0.0, 1 - 2**-24])).tolist()
+    assert first == {None: 1, 0.5: 3}[options.get("min_p")] and last == 3
+    assert 0 <= int(choose(torch.full((1, 6), torch.nan), config, torch.tensor([0.5]))) < 6
+
+
 @pytest.mark.parametrize(
     "prompt, says", [([], "empty"), ([97], "97"), ([-1], "-1"), ([0] * 33, "33 tokens, but the model sees 32")]
 )

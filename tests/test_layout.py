@@ -14,7 +14,7 @@ ROOMS = [
     "vocabulary", "corpus", "product", "device", "distributed", "formats", "loss", "model", "data", "optim",
     "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "step", "compiled", "batch", "plan",
     "resume", "together", "run", "train", "verify", "curve",
-    "ahead", "cache", "fused", "sampling", "rows", "generate", "identify", "prove", "convert", "linear", "complete",
+    "ahead", "cache", "sampling", "fused", "rows", "generate", "identify", "prove", "convert", "linear", "complete",
     "apart", "peers", "bench", "bench_train", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "ahead": "",
     "cache": "ahead config",
     "sampling": "config",
-    "fused": "cache model",
+    "fused": "cache config model sampling",
     "rows": "ahead cache config fused model sampling",
     "generate": "config model rows",
     "linear": "device model product",
