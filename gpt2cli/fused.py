@@ -7,7 +7,6 @@ cache and the attention, which reads what a row holds and no more. With more row
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at
 NUMBERS = 8192  # products that a program makes, where that is enough for an output
 PER_THREAD = 64  # of them
 LOOK = 4096  # logits at once
-# How far apart logits may be, in their deviations. The model's products in fp32 may be of TF32.
+# How far apart logits may be beside their own rounding, in their deviations. The model's products in fp32 may be of TF32.
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
@@ -83,8 +82,13 @@ class Fused:
 
         def fault() -> str | None:
             self.step(ids, ours)
-            apart = float((ours.float() - logits).square().mean().sqrt() / logits.float().std())
-            return None if apart <= CLOSE[logits.dtype] else f"their logits are {apart:.2g} deviations away from the model's"
+            theirs = logits.float()
+            apart = ours.float() - theirs
+            apart -= apart.mean(dim=-1, keepdim=True)  # which no softmax sees
+            deviation = theirs.std(dim=-1).mean()
+            far = float(apart.square().mean().sqrt() / deviation)
+            rounding = float(theirs.abs().max() / deviation) * torch.finfo(logits.dtype).eps
+            return None if far <= CLOSE[logits.dtype] + rounding else f"their logits are {far:.2g} deviations off the model's"
 
         if _judge(self._kind(len(ids)), fault):
             logits.copy_(ours)
@@ -132,12 +136,14 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     """What `sampling.choose` does, in one kernel and without sorting; ids that are exactly as likely are kept together."""
     B, V = logits.shape
     logits, drawn = logits.contiguous(), torch.empty(B, dtype=torch.int64, device=logits.device)
+    block = min(LOOK, triton.next_power_of_2(V))
+    weights = torch.empty(B, triton.cdiv(V, block) * block, device=logits.device)  # in whole blocks, which are read faster
     top_k = None if config.top_k is None else float(min(config.top_k, V))
     top_p = None if config.top_p is None or config.top_p >= 1 else config.top_p
-    least = math.log(config.min_p) if config.min_p else -math.inf
-    block = min(LOOK, triton.next_power_of_2(V))
     with torch.cuda.device_of(logits):
-        _draw[(B,)](logits, uniform, drawn, V, config.temperature, top_k, top_p, least, BLOCK=block, num_warps=16)
+        _draw[(B,)](
+            logits, weights, uniform, drawn, V, config.temperature, top_k, top_p, config.min_p or 0.0, block, num_warps=16
+        )
     return drawn
 
 
@@ -156,18 +162,17 @@ def _few(
     """What `_many` does, in one kernel and in the memory of `out`. The layer is an `nn.Linear` or a `linear.Int8Linear`."""
     weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
     B, (N, K) = len(x), weight.shape
-    sizes = blocks(B, N, K)
+    sizes = blocks(N, K)
     ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
     _linear[(triton.cdiv(N, sizes["BLOCK_N"]),)](x, weight, scale, bias, *ln, out, N, K, B, activation, add, **sizes)
     return out
 
 
-def blocks(B: int, N: int, K: int) -> dict[str, int]:
+def blocks(N: int, K: int) -> dict[str, int]:
     """How many outputs of a product a program makes, reading all K weights of each at once, and how many threads it has."""
-    block_b, block_k = triton.next_power_of_2(B), triton.next_power_of_2(K)
-    block_n = max(1, min(8 if N > 2048 else 4, NUMBERS // (block_b * block_k)))
-    warps = max(4, block_b * block_n * block_k // (32 * PER_THREAD))
-    return {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+    block_k = triton.next_power_of_2(K)
+    block_n = max(1, min(8 if N > 2048 else 4, NUMBERS // block_k))
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(4, block_n * block_k // (32 * PER_THREAD))}
 
 
 @triton.jit
@@ -194,45 +199,43 @@ def _linear(  # type: ignore[no-untyped-def]
     B: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """x (B, K) -> out (B, N), a program for BLOCK_N of the outputs. All is asked for before anything is done with it, for the
     memory is what takes long."""
-    b, n, k = tl.arange(0, BLOCK_B), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-    row = tl.load(x + b[:, None] * K + k[None, :], mask=(b < B)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-    place, inside = out + b[:, None] * N + n[None, :], (b < B)[:, None] & (n < N)[None, :]
-    if ADD:
-        before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if ln_weight is not None:
-        gain, shift = tl.load(ln_weight + k, mask=k < K, other=0.0), tl.load(ln_bias + k, mask=k < K, other=0.0)
+        gain = tl.load(ln_weight + k, mask=k < K, other=0.0).to(tl.float32)
+        shift = tl.load(ln_bias + k, mask=k < K, other=0.0).to(tl.float32)
     if scale is not None:
         unit = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
     if bias is not None:
         offset = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-
-    if ln_weight is not None:
-        centered = tl.where((k < K)[None, :], row - tl.sum(row, 1)[:, None] / K, 0.0)
-        row = centered / tl.sqrt(tl.sum(centered * centered, 1)[:, None] / K + eps)
-        row = row * gain.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
-    y = tl.sum(row[:, None, :] * w.to(tl.float32)[None, :, :], 2)  # (BLOCK_B, BLOCK_N)
-    if scale is not None:
-        y *= unit[None, :]
-    if bias is not None:
-        y += offset[None, :]
-    if ACTIVATION == "gelu":
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "relu":
-        y = tl.maximum(y, 0.0)
-    elif ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
-    elif ACTIVATION != "":  # the tanh approximation; (1 + tanh(z)) / 2 is sigmoid(2 z)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    if ADD:
-        y += before
-    tl.store(place, y, mask=inside)
+    for b in tl.static_range(B):
+        row = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if ADD:
+            before = tl.load(out + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+        if ln_weight is not None:
+            centered = tl.where(k < K, row - tl.sum(row) / K, 0.0)
+            row = centered / tl.sqrt(tl.sum(centered * centered) / K + eps) * gain + shift
+        y = tl.sum(row[None, :] * w.to(tl.float32), 1)  # (BLOCK_N)
+        if scale is not None:
+            y *= unit
+        if bias is not None:
+            y += offset
+        if ACTIVATION == "gelu":
+            y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+        elif ACTIVATION == "relu":
+            y = tl.maximum(y, 0.0)
+        elif ACTIVATION == "silu":
+            y = y * tl.sigmoid(y)
+        elif ACTIVATION != "":  # the tanh approximation; (1 + tanh(z)) / 2 is sigmoid(2 z)
+            y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+        if ADD:
+            y += before
+        tl.store(out + b * N + n, y, mask=n < N)
 
 
 @triton.jit
@@ -269,57 +272,59 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _draw(  # type: ignore[no-untyped-def]
-    logits, uniform, drawn, V, temperature, top_k, top_p, least, BLOCK: tl.constexpr
+    logits, weights, uniform, drawn, V, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr
 ):
-    """A program a row of logits (B, V). `top_k`, `top_p` or both may be None; `least` is the log of min-p. x is a logit over
-    the temperature, less that of the likeliest."""
-    row = logits + tl.program_id(0).to(tl.int64) * V
+    """A program a row of logits (B, V). Weights are probabilities over the likeliest one's. `top_k` and `top_p` may be None."""
+    row, W = tl.program_id(0).to(tl.int64), tl.cdiv(V, BLOCK) * BLOCK
+    logits += row * V
+    weights += row * W
     top = float("-inf")
     for start in range(0, V, BLOCK):
-        top = tl.maximum(top, tl.max(_x(row, start, V, temperature, 0.0, BLOCK)))
-    floor = float("-inf")
+        n = start + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.max(tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)))
+    for start in range(0, V, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)
+        tl.store(weights + n, tl.exp(x / temperature - top / temperature))  # 0 behind the last
+    tl.debug_barrier()
+
+    least = 0.0
     if top_k is not None:
-        floor = _nth(row, V, temperature, top, floor, top_k, True, BLOCK)
+        least = _least(weights, W, 0.0, top_k, True, BLOCK)
     if top_p is not None:
-        enough = top_p * _kept(row, V, temperature, top, floor, False, BLOCK)
-        floor = _nth(row, V, temperature, top, floor, enough, False, BLOCK)
-    least = tl.maximum(least, floor)
+        least = _least(weights, W, least, top_p * _kept(weights, W, least, False, BLOCK), False, BLOCK)
+    least = tl.maximum(least, min_p)
 
-    target = tl.load(uniform + tl.program_id(0)) * _kept(row, V, temperature, top, least, False, BLOCK)
+    target = tl.load(uniform + row) * _kept(weights, W, least, False, BLOCK)
     found, last, before = V, 0, 0.0
-    for start in range(0, V, BLOCK):
-        n, x = start + tl.arange(0, BLOCK), _x(row, start, V, temperature, top, BLOCK)
-        weights = tl.where(x >= least, tl.exp(x), 0.0)
-        cumulative = before + tl.cumsum(weights)
-        found = tl.minimum(found, tl.min(tl.where((cumulative > target) & (weights > 0), n, V)))
-        last = tl.maximum(last, tl.max(tl.where(weights > 0, n, 0)))
+    for start in range(0, W, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        weight = tl.load(weights + n)
+        weight = tl.where(weight >= least, weight, 0.0)
+        cumulative = before + tl.cumsum(weight)
+        found = tl.minimum(found, tl.min(tl.where((cumulative > target) & (weight > 0), n, V)))
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, n, 0)))
         before = tl.max(cumulative)
-    tl.store(drawn + tl.program_id(0), tl.where(found < V, found, last))  # rounding may leave the target above the sum
+    tl.store(drawn + row, tl.where(found < V, found, last))  # rounding may leave the target above the sum
 
 
 @triton.jit
-def _x(row, start, V, temperature, top, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    n = start + tl.arange(0, BLOCK)
-    return tl.where(n < V, tl.load(row + n, mask=n < V, other=0.0).to(tl.float32) / temperature - top, float("-inf"))
-
-
-@triton.jit
-def _kept(row, V, temperature, top, least, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many x are at least `least`, or the sum of their e^x."""
+def _kept(weights, W, least, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many weights are at least `least`, or their sum."""
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = _x(row, start, V, temperature, top, BLOCK)
-        sums += tl.where(x >= least, 1.0 if COUNT else tl.exp(x), 0.0)
+    for start in range(0, W, BLOCK):
+        weight = tl.load(weights + start + tl.arange(0, BLOCK))
+        sums += tl.where(weight >= least, 1.0 if COUNT else weight, 0.0)
     return tl.sum(sums)
 
 
 @triton.jit
-def _nth(row, V, temperature, top, floor, want, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest number of which there is `want` in the x from it on, which are from `floor` on, too. All x are negative or 0:
-    their bits are in the order of their sizes, so that bisecting these finds it exactly."""
-    low, high = tl.full((), 0, tl.int32), tl.full((), 0x7F800000, tl.int32)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        kept = _kept(row, V, temperature, top, tl.maximum(-middle.to(tl.float32, bitcast=True), floor), COUNT, BLOCK)
-        low, high = tl.where(kept >= want, low, middle + 1), tl.where(kept >= want, middle, high)
-    return tl.maximum(-high.to(tl.float32, bitcast=True), floor)
+def _least(weights, W, floor, want, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest number of which there is `want` in the weights from it on, which are from `floor` on, too. Weights are from 0
+    to 1, and the bits of such numbers are in the order of their sizes, so that bisecting these finds it exactly."""
+    low, high = tl.full((), 0, tl.int32), tl.full((), 0x3F800001, tl.int32)
+    for _ in range(30):
+        middle = (low + high) // 2
+        kept = _kept(weights, W, tl.maximum(middle.to(tl.float32, bitcast=True), floor), COUNT, BLOCK)
+        low, high = tl.where(kept >= want, middle, low), tl.where(kept >= want, high, middle)
+    return tl.maximum(low.to(tl.float32, bitcast=True), floor)

@@ -31,8 +31,10 @@ class Row:
 
     def __init__(self, number: int, prompt: Sequence[int], config: SamplingConfig) -> None:
         self.number, self.ids, self.start = number, list(prompt), len(prompt)
-        generator = torch.Generator().manual_seed(config.seed + number)
-        self.uniform = torch.rand(config.max_new_tokens, generator=generator).tolist()
+        self.uniform: list[float] = []  # a number for each token
+        if not config.greedy:
+            generator = torch.Generator().manual_seed(config.seed + number)
+            self.uniform = torch.rand(config.max_new_tokens, generator=generator).tolist()
         self.finish_reason: str | None = None
 
     @property
@@ -184,6 +186,8 @@ class Rows:
         else:  # not known yet
             by_model()
             self.fused.judge(self.new[:B], self.logits[:B])
+            if not self.fused.verdict(B):
+                by_model()  # once more, since keys and values are wrong now
 
     # ==== on the device alone, the first B rows ====
 
