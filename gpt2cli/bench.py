@@ -25,6 +25,7 @@ from torch.nn.attention import sdpa_kernel
 from gpt2cli import __version__, device
 from gpt2cli.corpus import tokenize
 from gpt2cli.documents import EMBEDDED, opened, read
+from gpt2cli.errors import UserError
 from gpt2cli.shards import Tokens
 from gpt2cli.survey import Policy
 from gpt2cli.tokenizer import Encoding
@@ -173,6 +174,12 @@ class TokenizeRow:
 def text_to_tokenize(text: Path | None) -> Iterator[Path]:
     """`text`, or the embedded one eight times (40 MB)."""
     if text is not None:
+        try:
+            text.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{text} is not a text in UTF-8: bad byte at offset {error.start}; expected one such file"
+            ) from None
         yield text
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch, opened([EMBEDDED]) as (embedded,):

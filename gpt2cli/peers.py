@@ -131,7 +131,7 @@ def hf_training(
 
 
 PEERS: dict[str, Make] = {"hf": hf, "ctranslate2": ctranslate2, "llamacpp": llamacpp}
-PACKAGES = {"hf": "transformers", "ctranslate2": "ctranslate2", "llamacpp": "llama-cpp-python and gguf"}
+PACKAGES = {"hf": "transformers", "ctranslate2": "ctranslate2", "llamacpp": "llama-cpp-python gguf"}
 
 
 def missing(name: str) -> str:

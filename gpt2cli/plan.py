@@ -264,9 +264,15 @@ def _decide_machine(train: TrainConfig, where: torch.device, notes: list[str]) -
         notes.append("fp32: this CPU has no bf16 arithmetic")
     if where.type == "cpu" and dtype == "bf16" and not device.has_bf16(where):
         notes.append("bf16 is emulated on this CPU and hundreds of times slower than fp32")
+    if where.type == "cpu" and dtype == "fp16":
+        notes.append("fp16 is for GPUs: on a CPU it is much slower than fp32")
     compiled = "on" if train.compile == "on" or (train.compile == "auto" and where.type == "cuda") else "off"
     log_every = train.log_every if train.log_every is not None else 1 if where.type == "cpu" else 10
     return replace(train, device=where.type, dtype=dtype, compile=compiled, log_every=log_every)
+
+
+def default_warmup(steps: int) -> int:
+    return max(1, steps // 20)
 
 
 def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine_tuning: bool, notes: list[str]) -> TrainConfig:
@@ -288,7 +294,11 @@ def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine
     min_lr = lr / 10 if train.min_lr is None else train.min_lr
     if min_lr > lr:
         raise UserError(f"--min-lr {min_lr} is above --lr {lr}")
-    warmup_steps = max(1, steps // 20) if train.warmup_steps is None else train.warmup_steps
+    warmup_steps = default_warmup(steps) if train.warmup_steps is None else train.warmup_steps
+    if warmup_steps > steps:
+        notes.append(
+            f"--warmup-steps {warmup_steps:,} is more than all {steps:,} steps: the learning rate never gets to {lr:g}"
+        )
     return replace(
         train,
         steps=steps,

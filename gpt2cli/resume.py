@@ -14,7 +14,7 @@ from gpt2cli.config import BEFORE, GPTConfig, TrainConfig, from_dict
 from gpt2cli.errors import UserError
 from gpt2cli.formats import huggingface
 from gpt2cli.optim import planned_lr
-from gpt2cli.plan import Plan, check_parallel
+from gpt2cli.plan import Plan, check_parallel, default_warmup
 from gpt2cli.provenance import provenance
 from gpt2cli.shards import check
 from gpt2cli.survey import Progress
@@ -132,6 +132,8 @@ def _changed(out: Path, changes: Mapping[str, Any], run: Record) -> TrainConfig:
                 "leave it out, or start a new run with another --out"
             )
     train = replace(before, **{name: value for name, value in changes.items() if name in FREE})
+    if (train.steps or 0) < (before.steps or 0) and "warmup_steps" not in asked:
+        train = replace(train, warmup_steps=min(before.warmup_steps or 0, default_warmup(train.steps or 0)))
     rows, left = divmod(train.tokens_per_step, (train.batch_size or 1) * (train.seq_len or 1))
     if left or not rows:
         raise UserError(

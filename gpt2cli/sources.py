@@ -51,6 +51,9 @@ def find_sources(
             "and tokenize each with it (gpt2 tokenize A --tokenizer both)"
         )
     share_out(list(given), list(given.values()))  # before anything long
+    for path in given:
+        if len(given) > 1 and path != "-" and not Path(path).exists():
+            raise UserError(f"{path} does not exist; expected a text file, or a folder of texts or of tokens")
     return make_sources(given, {path: _find_tokens(Path(path), train, encoding, cache, on_tokenize) for path in given})
 
 
@@ -118,6 +121,8 @@ def _is_made_with(encoding: Encoding, folder: Path) -> bool:
 
 def _find_tokens(path: Path, train: TrainConfig, encoding: Encoding, cache: Path | None, on_tokenize: Progress) -> Path:
     """The folder of shards of one source."""
+    if (path / "run.json").is_file():
+        raise UserError(f"{path} is a run, not a text: go on with it by gpt2 train --resume --out {path}")
     if path.is_dir():
         if find_shards(path, "train") or find_shards(path, "val") or (path / "manifest.json").is_file():
             if train.train_vocab:

@@ -92,8 +92,10 @@ class Encoding:
 
     @staticmethod
     def from_folder(folder: Path) -> Encoding | None:
-        """The byte-level BPE in a folder of a model or of tokens, or in a `tokenizer.json` itself; None where there is none.
-        Raises UserError for a tokenizer of another kind."""
+        """The byte-level BPE in a folder of a model, of tokens or of a run, or in a `tokenizer.json` itself; None where there
+        is none. Raises UserError for a tokenizer of another kind."""
+        if (folder / "run.json").is_file():
+            folder = max(folder.glob("step-*"), default=folder)  # all checkpoints of a run have the same
         try:
             file = folder if folder.is_file() else folder / "tokenizer.json"
             if file.is_file():

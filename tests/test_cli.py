@@ -216,6 +216,29 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_been(gpt2, tex
     assert losses[0] == losses[1] and 3 <= step < 30
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("train", ""), "an argument is empty"),
+        (("convert", ""), "an argument is empty"),
+        (("train", "run", "--dry-run"), "run is a run, not a text: go on with it by gpt2 train --resume --out run"),
+        (("train", "--data", "input.txt=1", "--data", "gone.txt=2", "--dry-run"), "gone.txt does not exist"),
+        (("train", "--config", "out.toml"), "'out' is for the command line only"),
+        (("train", "--config", "a.yaml"), "a.yaml: expected a .toml file"),
+        (("bench", "--json", "attention"), "gpt2 bench attention --json"),
+        (("bench", "tokenize", "latin.txt"), "latin.txt is not a text in UTF-8: bad byte at offset 2"),
+    ],
+)
+def test_what_newcomers_tried_is_told(gpt2, text_file, arguments, says):
+    Path("run").mkdir()
+    Path("run/run.json").write_text("{}")
+    Path("out.toml").write_text('out = "there"')
+    Path("a.yaml").write_text("steps: 3")
+    Path("latin.txt").write_bytes(b"tr\xe8s")
+    done = gpt2(*arguments)
+    assert done.code == 1 and says in done.err and done.out == ""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_a_reader_that_leaves_is_no_error(run_folder):
     command = [*PROGRAM, "sample", str(run_folder), "--prompt", "x", "--overflow", "slide", "--ignore-eos"]

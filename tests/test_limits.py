@@ -123,6 +123,13 @@ def test_a_run_from_before_there_was_patience_keeps_its_ways(text_file, gpt2):
 # ==== what cannot be meant, or cannot work ====
 
 
+def test_a_warm_up_longer_than_the_run_and_fp16_on_a_cpu_are_told(text_file):
+    plan = make_plan(text_file, {"n_layer": 1}, TrainConfig(seq_len=32, device="cpu", dtype="fp16", steps=9, warmup_steps=20))
+    assert any("--warmup-steps 20 is more than all 9 steps" in note for note in plan.notes)
+    assert any("fp16 is for GPUs" in note for note in plan.notes)
+    assert device.matmul_rate(torch.device("cpu"), "fp32", seconds=0) > 0
+
+
 def test_ranks_with_nothing_to_do_are_told(text_file):
     def notes(world_size, **settings):
         settings = {"seq_len": 32, "device": "cpu"} | settings

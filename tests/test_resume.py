@@ -1,5 +1,6 @@
 """What a run that goes on says, keeps and remembers."""
 
+import itertools
 import re
 import shutil
 import time
@@ -86,6 +87,15 @@ def test_another_number_of_steps_tells_how_the_learning_rate_jumps(text_file):
     assert "the learning rate of step 5 is 3.0e-04, where the old schedule had " in told
     (told,) = [note for note in resume_plan(Path("run"), {"steps": 4}).notes if "steps changed" in note]
     assert told == "steps changed from 12 to 4", "no step is left"
+
+
+def test_fewer_steps_have_a_shorter_warm_up_unless_one_was_asked_for(text_file):
+    for out, asked in (("run", {}), ("asked", {"warmup_steps": 50})):
+        stopped = itertools.islice(train(new_plan(text_file, out, steps=2000, save_every=2, eval_every=0, **asked)), 2)
+        assert len(list(stopped)) == 2
+        plan = resume_plan(Path(out), {"steps": 40})
+        assert plan.train.warmup_steps == (2 if not asked else 50)
+    assert resume_plan(Path("run"), {"steps": 4000}).train.warmup_steps == 100
 
 
 def test_small_sizes_are_not_shown_as_nothing(text_file, monkeypatch):

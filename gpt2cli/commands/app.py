@@ -6,6 +6,7 @@ import io
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status: 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 Ctrl-C."""
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
+        if any(not word and not before.startswith("-") for before, word in pairwise(arguments)):
+            raise UserError("an argument is empty: a shell variable that is not set?")
         app(args=arguments, prog_name="gpt2", obj=arguments)
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # the reader of our output has gone, as in `gpt2 sample | head`
@@ -81,6 +84,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding shows ? instead of a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # SIGTERM ends like Ctrl-C, but with its own status; `train` replaces both to save first.
+    # SIGTERM and a closed terminal end like Ctrl-C, but with their own status; `train` replaces all to save first.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     sys.exit(run())

@@ -10,9 +10,11 @@ import typer
 from gpt2cli.commands.bench_distributed import distributed
 from gpt2cli.commands.measure import Device, Dtype, Json, Preset, decide, model_config, numbers, show_conditions
 from gpt2cli.config import CHOICES
-from gpt2cli.errors import size
+from gpt2cli.errors import UserError, size
 
-app = typer.Typer(help="Time attention kernels, training, sampling and tokenizing on this machine.", no_args_is_help=False)
+app = typer.Typer(
+    help="Time attention kernels (without a name), training, sampling and tokenizing on this machine.", no_args_is_help=False
+)
 app.command()(distributed)
 
 
@@ -20,6 +22,8 @@ app.command()(distributed)
 def default(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is None:
         attention(as_json=as_json)
+    elif as_json:
+        raise UserError(f"--json comes after the name: gpt2 bench {context.invoked_subcommand} --json")
 
 
 @app.command()

@@ -13,6 +13,8 @@ from gpt2cli.atomic import from_home, read_json
 from gpt2cli.config import BEFORE
 from gpt2cli.errors import UserError
 
+ONLY_ON_THE_LINE = {"config", "resume", "dry_run", "out", "verify_resume", "nproc"}
+
 
 def source_of(context: typer.Context, name: str) -> str:
     source = context.get_parameter_source(name)
@@ -50,7 +52,10 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     options = {parameter.name for parameter in context.command.params}
-    options -= {"config", "resume", "dry_run", "out", "verify_resume", "nproc"}
+    options -= ONLY_ON_THE_LINE
+    path = path / "run.json" if path.is_dir() else path
+    if path.suffix not in (".toml", ".json"):
+        raise UserError(f"--config {path}: expected a .toml file, or the run.json of a run")
     options -= {"data", "mixture"}  # a file calls them input and data
     if path.suffix == ".toml":
         try:
@@ -60,6 +65,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = {name.replace("-", "_"): value for name, value in values.items()}
         unknown = sorted(set(values) - options - {"input", "data"})
         if unknown:
+            if unknown[0] in ONLY_ON_THE_LINE:
+                raise UserError(f"--config {path}: {unknown[0]!r} is for the command line only")
             raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; expected an option of gpt2 train, or input")
         if "data" in values and "input" in values:
             raise UserError(f"--config {path}: input and data both say what to train on: give one of them")

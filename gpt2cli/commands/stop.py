@@ -29,7 +29,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
             numbers.append(signal.SIGHUP)
         self._before = [(number, signal.signal(number, self._ask)) for number in numbers]
         return self

@@ -128,8 +128,6 @@ def find_encoding(path: Path | None) -> Encoding:
 
     if path is None:
         return Encoding.gpt2()
-    if (path / "run.json").is_file():
-        path = max(path.glob("step-*"), default=path)  # all checkpoints of a run have the same
     found = Encoding.from_folder(path)
     if found is None:
         raise UserError(f"{path} holds no tokenizer.json; expected a run, a model, or a tokens folder that has its own")

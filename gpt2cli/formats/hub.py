@@ -83,8 +83,8 @@ def _download(name: str, file: str, progress: Progress | None, revision: str | N
 
     offline = (
         f"there is no folder {name}, it is not in HuggingFace's cache, and the hub cannot be reached. "
-        f"On a machine with a network run 'gpt2 convert --from-hf {name}' and copy the folder here, "
-        "or give the path of a local folder"
+        f"Give the path of a local folder, or run 'gpt2 convert --from-hf {name}' on a machine with a network, and copy what "
+        "it makes to this one"
     )
     try:
         if revision is None:  # asked once, without the download's half minute of retries: is there a hub?
