@@ -1,7 +1,7 @@
 """One more token of each row on a GPU, with kernels of our own, written in Triton.
 
-Through torch a token is some 14 small kernels a layer, each of which takes longer to begin and to end than to read its part of
-the weights. Here they are five for a few rows: LayerNorm, product, bias, activation and residual are one kernel, and so are the
+Through torch a token is some 14 small kernels a layer, by count, and each has to begin and to end. (What that costs has not been
+measured: this has not yet run on a GPU.) Here they are five for a few rows: LayerNorm, product, bias, activation and residual are one kernel, and so are the
 cache and the attention, which reads what a row holds and no more. With more rows than `FEW` the products are a library's.
 """
 
@@ -137,7 +137,7 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     B, V = logits.shape
     logits, drawn = logits.contiguous(), torch.empty(B, dtype=torch.int64, device=logits.device)
     block = min(LOOK, triton.next_power_of_2(V))
-    weights = torch.empty(B, triton.cdiv(V, block) * block, device=logits.device)  # in whole blocks, which are read faster
+    weights = torch.empty(B, triton.cdiv(V, block) * block, device=logits.device)  # in whole blocks, read without masks
     top_k = None if config.top_k is None else float(min(config.top_k, V))
     top_p = None if config.top_p is None or config.top_p >= 1 else config.top_p
     with torch.cuda.device_of(logits):

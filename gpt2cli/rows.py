@@ -15,10 +15,10 @@ from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.cache import KVCache, Masked, Prompts
 from gpt2cli.config import SamplingConfig
 from gpt2cli.model import GPT, Cache
+from gpt2cli.sampling import choose, penalize
 
 if TYPE_CHECKING:
     from gpt2cli.fused import Fused
-from gpt2cli.sampling import choose, penalize
 
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PROMPT_TOKENS = 2048  # at once, so that memory is bounded
