@@ -174,12 +174,6 @@ class TokenizeRow:
 def text_to_tokenize(text: Path | None) -> Iterator[Path]:
     """`text`, or the embedded one eight times (40 MB)."""
     if text is not None:
-        try:
-            text.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{text} is not a text in UTF-8: bad byte at offset {error.start}; expected one such file"
-            ) from None
         yield text
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch, opened([EMBEDDED]) as (embedded,):
@@ -187,6 +181,13 @@ def text_to_tokenize(text: Path | None) -> Iterator[Path]:
         path = Path(scratch, "shakespeare.txt")
         path.write_bytes(b"<|endoftext|>".join([once] * 8))
         yield path
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not a text in UTF-8: bad byte at offset {error.start}; expected one such file") from None
 
 
 def bench_tokenize(text: Path, workers: Sequence[int], repeats: int) -> list[TokenizeRow]:
@@ -201,7 +202,7 @@ def bench_tokenize(text: Path, workers: Sequence[int], repeats: int) -> list[Tok
                 out = Path(scratch, "out")
                 started = time.perf_counter()
                 if way[0] == "alone":
-                    expected = Encoding.gpt2().encode_documents(text.read_bytes().decode("utf-8")).astype(np.uint16)
+                    expected = Encoding.gpt2().encode_documents(_read(text)).astype(np.uint16)
                     expected.tofile(Path(scratch, "ids"))
                 else:
                     policy = Policy(val_fraction=0)

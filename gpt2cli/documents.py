@@ -67,11 +67,15 @@ def find_texts(inputs: Sequence[Path], kind: str = "auto") -> list[Path]:
                     "--format text takes files of any name"
                 )
             found += sorted(below, key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", str(p))])
-        elif path in (EMBEDDED, STDIN) or path.exists():
-            found.append(path)
         else:
-            raise UserError(f"{path} does not exist; expected a text file, a folder of them, or - for stdin")
+            check_there(path)
+            found.append(path)
     return found
+
+
+def check_there(path: Path) -> None:
+    if path not in (EMBEDDED, STDIN) and not path.exists():
+        raise UserError(f"{path} does not exist; expected a text file, a folder of them, or - for stdin")
 
 
 @contextlib.contextmanager

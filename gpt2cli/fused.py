@@ -1,8 +1,9 @@
 """One more token of each row on a GPU, with kernels of our own, written in Triton.
 
-Through torch a token is some 14 small kernels a layer, by count, and each has to begin and to end. (What that costs has not been
-measured: this has not yet run on a GPU.) Here they are five for a few rows: LayerNorm, product, bias, activation and residual are one kernel, and so are the
-cache and the attention, which reads what a row holds and no more. With more rows than `FEW` the products are a library's.
+Through torch a token is some 14 small kernels a layer, each with a beginning and an end. Here they are five for a few rows:
+LayerNorm, product, bias, activation and residual are one kernel, and so are the cache and the attention, which reads what a row
+holds and no more. With more rows than `FEW` the products are a library's. What it gains has not been measured: it has not yet
+run on a GPU.
 """
 
 from __future__ import annotations

@@ -52,8 +52,7 @@ def find_sources(
         )
     share_out(list(given), list(given.values()))  # before anything long
     for path in given:
-        if len(given) > 1 and path != "-" and not Path(path).exists():
-            raise UserError(f"{path} does not exist; expected a text file, or a folder of texts or of tokens")
+        documents.check_there(Path(path))
     return make_sources(given, {path: _find_tokens(Path(path), train, encoding, cache, on_tokenize) for path in given})
 
 

@@ -239,6 +239,28 @@ def test_what_newcomers_tried_is_told(gpt2, text_file, arguments, says):
     assert done.code == 1 and says in done.err and done.out == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_closed_terminal_ends_a_sample_like_sigterm(run_folder):
+    program = [
+        sys.executable,
+        "-c",
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\nfrom gpt2cli.__main__ import main; main()",
+    ]
+    command = [*program, "sample", str(run_folder), "--prompt", "x", "--overflow", "slide", "--ignore-eos"]
+    process = subprocess.Popen([*command, "--max-new-tokens", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 129 and out.endswith(b"\n") and b"Traceback" not in err
+
+
+def test_a_runs_folder_says_what_its_run_json_and_its_checkpoint_say(gpt2, run_folder):
+    shown = gpt2("train", "--config", run_folder, "--dry-run").err
+    assert shown.count("\n") > 5 and "2 layers" in shown
+    done = gpt2("convert", run_folder, "--tokenizer", run_folder, "--out", "model")
+    assert done.code == 0 and Path("model/tokenizer.json").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_a_reader_that_leaves_is_no_error(run_folder):
     command = [*PROGRAM, "sample", str(run_folder), "--prompt", "x", "--overflow", "slide", "--ignore-eos"]

@@ -101,11 +101,7 @@ def command(
     config = SamplingConfig(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, greedy=greedy, seed=seed, overflow=overflow
     )
-    check_options(prompts, prompt, prompt_file, out, logprobs, as_json, resume)
-    if greedy and (given := [name for name in DRAWING if source_of(context, name) == "COMMANDLINE"]):
-        raise UserError(
-            f"--greedy takes the likeliest token, whatever the --{given[0].replace('_', '-')}: leave out one of them"
-        )
+    check_options(context)
 
     from gpt2cli.commands import console
     from gpt2cli.complete import complete, done_already
@@ -123,45 +119,40 @@ def command(
             file = stack.enter_context(opened(out, resume)) if out else sys.stdout
             show = Lines(lines, num_samples, config.seed, done, file)
         loaded = load(model)
-        try:
-            result = complete(
-                place(loaded.model, device, dtype, quantize, rows),
-                loaded.encoding,
-                [line["prompt"] for line in lines],
-                config,
-                stop=stop or (),
-                ignore_eos=ignore_eos,
-                logprobs=logprobs,
-                rows=rows,
-                on_text=show.text,
-                on_end=show.end,
-            )
-        except (KeyboardInterrupt, SystemExit):
-            show.interrupted()
-            raise
-        show.finish()
+        stack.enter_context(show)
+        result = complete(
+            place(loaded.model, device, dtype, quantize, rows),
+            loaded.encoding,
+            [line["prompt"] for line in lines],
+            config,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            rows=rows,
+            on_text=show.text,
+            on_end=show.end,
+        )
     if as_json:
         console.print_json(as_object(result, str(loaded.folder), seed))
     tell(result, seed, loaded.folder, loaded.model.config.block_size)
 
 
-def check_options(
-    prompts: Path | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    out: Path | None,
-    logprobs: bool,
-    as_json: bool,
-    resume: bool,
-) -> None:
-    if prompts and (prompt is not None or prompt_file or as_json):
+def check_options(context: typer.Context) -> None:
+    """Raises UserError for options that do not go together."""
+    given = context.params
+    if given["prompts"] and (given["prompt"] is not None or given["prompt_file"] or given["as_json"]):
         raise UserError("--prompts brings the prompts and gives JSONL: leave out --prompt, --prompt-file and --json")
-    if out and not prompts:
+    if given["out"] and not given["prompts"]:
         raise UserError("--out is for what --prompts gives; a single prompt's text goes to stdout: gpt2 sample ... > FILE")
-    if resume and not out:
+    if given["resume"] and not given["out"]:
         raise UserError("--resume goes on with the file that --prompts gave: add --prompts and --out")
-    if logprobs and not (prompts or as_json):
+    if given["logprobs"] and not (given["prompts"] or given["as_json"]):
         raise UserError("--logprobs go into the JSON: add --json, or use --prompts")
+    for name in DRAWING:
+        if given["greedy"] and source_of(context, name) == "COMMANDLINE":
+            raise UserError(
+                f"--greedy takes the likeliest token, whatever the --{name.replace('_', '-')}: leave one of them out"
+            )
 
 
 def read_lines(prompts: Path | None, prompt: str | None, prompt_file: Path | None, num_samples: int) -> list[dict[str, Any]]:
@@ -245,6 +236,17 @@ def tell(result: Completion, seed: int, folder: Path, block_size: int) -> None:
 
 
 class Quiet:
+    """Shows nothing. It is entered before the first token, and left after the last one or by an interrupt."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif issubclass(kind, KeyboardInterrupt | SystemExit):
+            self.interrupted()
+
     def text(self, number: int, piece: str) -> None: ...
 
     def end(self, number: int, sample: Sample) -> None: ...

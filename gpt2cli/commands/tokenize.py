@@ -75,13 +75,9 @@ def command(
     goes on with the same command. Prints the folder's path.
     """
     from gpt2cli import corpus
-    from gpt2cli.commands import console
     from gpt2cli.survey import Policy
 
-    if train_vocab and tokenizer:
-        raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
-    if tokens_range is not None and not decode:
-        raise UserError("--range is for --decode")
+    check_options(train_vocab, tokenizer, tokens_range, decode)
     encoding = find_encoding(tokenizer)
     policy = Policy(val_fraction, plain, errors, split, format, field)
     paths = [Path(path) for path in inputs]
@@ -92,6 +88,20 @@ def command(
     out = out or folder_for(inputs[0])
     how = {"encoding": encoding, "policy": policy, "train_vocab": train_vocab, "layout": to}
     manifest = write_shards(paths, out, **how, workers=workers, shard_tokens=shard_tokens)
+    tell(manifest, out, as_json)
+
+
+def check_options(train_vocab: int | None, tokenizer: Path | None, tokens_range: str | None, decode: bool) -> None:
+    """Raises UserError for options that do not go together."""
+    if train_vocab and tokenizer:
+        raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
+    if tokens_range is not None and not decode:
+        raise UserError("--range is for --decode")
+
+
+def tell(manifest: Manifest, out: Path, as_json: bool) -> None:
+    from gpt2cli.commands import console
+
     console.note(
         f"{manifest.documents:,} documents, {manifest.train_tokens:,} training and {manifest.val_tokens:,} validation tokens "
         f"({manifest.split}), made with {manifest.encoder}"
