@@ -102,9 +102,13 @@ class Keeper:
     def _done(self, progress: checkpoint.Progress) -> list[Path]:
         return [folder for folder in checkpoint.checkpoints(self.run) if checkpoint.step_of(folder) <= progress.step]
 
+    def wait(self) -> None:
+        """Until nothing is being written any more, and the copy of the state that was written is gone."""
+        self.writer.wait()
+
     def needs_save(self) -> bool:
         """Whether a save failed and was not made up for, once nothing is being written any more."""
-        self.writer.wait()
+        self.wait()
         return self.writer.needs_retry
 
     def wait_for_retry(self, tries_left: int) -> None:
@@ -145,6 +149,8 @@ class Nobody(Keeper):
     def evaluated(self, step: int, val_loss: float, bits: float | None) -> None: ...
 
     def drop_after(self, step: int, before: checkpoint.Progress) -> None: ...
+
+    def wait(self) -> None: ...
 
     def needs_save(self) -> bool:
         return False

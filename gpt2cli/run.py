@@ -279,8 +279,9 @@ class Run:
         self.owes_a_save = self.bad > 0
         if self.owes_a_save:
             return None
+        self.ranks.first(self.keeper.wait)  # on a slow disk: two copies of the state at once is more than was planned for
         state = self._snapshot()
-        folder = self.ranks.first(lambda: self.keeper.save(state))  # which may have to wait for the one before
+        folder = self.ranks.first(lambda: self.keeper.save(state))
         self.saved_step = self.progress.step
         self.progress.elapsed += time.perf_counter() - started
         return folder

@@ -38,10 +38,9 @@ class Writer:
         self.waits = False  # a save failed, and none has succeeded since
 
     def save(self, state: checkpoint.Snapshot) -> Path:
-        """Returns at once, with the folder it will be, unless the one before is still being written."""
-        self.wait()
+        """Returns at once, with the folder it will be. Comes after `wait`, so that one state is held at a time."""
         self._retry_at = math.inf
-        self._jobs.append(self._pool.submit(self._save, state))
+        self._jobs.append(self._pool.submit(self._save, [state]))
         return checkpoint.folder_of(self.run, state.progress.step)
 
     def evaluated(self, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
@@ -61,7 +60,7 @@ class Writer:
             job.result()
 
     def fail(self, error: OSError) -> None:
-        self._failures.append(error)
+        self._failures.append(error.with_traceback(None))  # which would hold the state that was not written
         self.waits = True
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
@@ -89,7 +88,8 @@ class Writer:
         self._pool.shutdown()
         self.wait()
 
-    def _save(self, state: checkpoint.Snapshot) -> None:
+    def _save(self, held: list[checkpoint.Snapshot]) -> None:
+        state = held.pop()  # the pool lets go of what it was given only after it has told that it is done
         try:
             atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
             checkpoint.write(self.run, state)

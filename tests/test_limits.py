@@ -24,6 +24,8 @@ CPU = torch.device("cpu")
 
 # ==== memory ====
 
+LIBRARIES = 180_000_000  # bytes of mapped files where `memory.INTERPRETER` was measured; freshly installed they are 290 MB
+
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch's build for CUDA takes other memory, which was not measured")
@@ -38,10 +40,10 @@ from pathlib import Path
 from gpt2cli import TrainConfig, make_plan, memory, train
 plan = make_plan("{text_file}", {{"n_layer": 3, "n_head": 4, "n_embd": 256}}, TrainConfig(**{settings!r}), out=Path("run"))
 list(train(plan))
-print(plan.memory, memory.peak())
+print(plan.memory, memory.peak(), memory._linux("RssFile"))
 """
-    predicted, peak = map(int, subprocess.check_output([sys.executable, "-c", program], text=True).split())
-    assert predicted == pytest.approx(peak, rel=0.25)
+    predicted, peak, files = map(int, subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    assert predicted == pytest.approx(peak - files + LIBRARIES, rel=0.25)
 
 
 def test_the_micro_batch_is_the_largest_that_fits_and_divides_the_update(text_file, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,27 @@ def test_evaluations_that_come_faster_than_saves_find_their_checkpoints(text_fil
     monkeypatch.setattr("gpt2cli.run.validate", lambda *_: (next(losses), None))
     list(train(new_plan(text_file, "run", steps=12, eval_every=1, save_every=2)))
     assert checkpoint.best(Path("run")).name == "step-000002"
+
+
+def test_a_slow_disk_or_a_full_one_holds_one_copy_of_the_state_at_a_time(text_file, monkeypatch):
+    write, snapshot, copies, alive = checkpoint.write, checkpoint.snapshot, [], []
+
+    def slow(run, state):
+        time.sleep(0.3)
+        if state.progress.step == 2:
+            raise OSError(28, "No space left on device")
+        return write(run, state)
+
+    def counted(*arguments):
+        alive.append(sum(copy() is not None for copy in copies))
+        state = snapshot(*arguments)
+        copies.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(checkpoint, "snapshot", counted)
+    list(train(new_plan(text_file, "run", steps=4, eval_every=0, save_every=1)))
+    assert alive == [0, 0, 0, 0]
 
 
 def test_an_evaluation_that_found_the_disk_full_is_written_with_the_next_save(text_file, monkeypatch):
