@@ -25,12 +25,16 @@ from torch.nn.attention import sdpa_kernel
 from gpt2cli import __version__, device
 from gpt2cli.corpus import tokenize
 from gpt2cli.documents import EMBEDDED, opened, read
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, many
 from gpt2cli.shards import Tokens
 from gpt2cli.survey import Policy
 from gpt2cli.tokenizer import Encoding
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+OnTurn = Callable[[str], None]  # is told what is timed next
+
+
+def nobody(what: str) -> None: ...
 
 
 def machine(where: torch.device) -> dict[str, Any]:
@@ -114,7 +118,15 @@ def attention_kernels(where: torch.device, dtype: torch.dtype, head_size: int) -
 
 
 def bench_attention(
-    where: torch.device, dtype: str, lengths: Sequence[int], *, B: int, n_head: int, head_size: int, repeats: int
+    where: torch.device,
+    dtype: str,
+    lengths: Sequence[int],
+    *,
+    B: int,
+    n_head: int,
+    head_size: int,
+    repeats: int,
+    on_turn: OnTurn = nobody,
 ) -> tuple[list[AttentionRow], dict[str, str]]:
     """Every kernel this device has at every length T, run in turn; and why the others are missing."""
     kernels, missing = attention_kernels(where, device.DTYPES[dtype], head_size)
@@ -131,6 +143,7 @@ def bench_attention(
         errors: dict[str, tuple[float, float]] = {}
         for turn in range(repeats + 1):
             for name, attend in kernels.items():
+                on_turn(f"T = {T:,}: turn {turn} of {repeats}, {name}" if turn else f"T = {T:,}: warm-up, {name}")
                 forward, backward, output, gradients = _once(attend, inputs, exact[3], where)
                 if turn:  # the first one warms up
                     timed[name].append((forward, backward))
@@ -190,15 +203,16 @@ def _read(text: Path) -> str:
         raise UserError(f"{text} is not a text in UTF-8: bad byte at offset {error.start}; expected one such file") from None
 
 
-def bench_tokenize(text: Path, workers: Sequence[int], repeats: int) -> list[TokenizeRow]:
+def bench_tokenize(text: Path, workers: Sequence[int], repeats: int, on_turn: OnTurn = nobody) -> list[TokenizeRow]:
     """The product's `tokenize` on a text file, with each encoder there is, in turn with what people write themselves: the
     whole file through tiktoken on one thread, and its ids to a file."""
     ways = [("alone", 1), *((encoder, count) for encoder in ("tiktoken", "fastest") for count in workers)]
     times: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     names, equal = {("alone", 1): f"tiktoken {version('tiktoken')} alone"}, {("alone", 1): True}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        for _ in range(repeats):
+        for turn in range(repeats):
             for way in ways:
+                on_turn(f"turn {turn + 1} of {repeats}: {way[0]}, {many(way[1], 'worker')}")
                 out = Path(scratch, "out")
                 started = time.perf_counter()
                 if way[0] == "alone":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpt2cli import device
-from gpt2cli.bench import seconds_of
+from gpt2cli.bench import OnTurn, nobody, seconds_of
 from gpt2cli.config import GPTConfig
 from gpt2cli.data import micro_steps
 from gpt2cli.distributed import Ranks
@@ -62,6 +62,7 @@ def bench_distributed(
     T: int,
     repeats: int,
     compile: bool = False,
+    on_turn: OnTurn = nobody,
 ) -> Scaling:
     """The real step in three ways, in turn: by all ranks together, each rank's part by itself, and all of it by the first
     alone while the others wait. On random ids, with AdamW."""
@@ -88,6 +89,7 @@ def bench_distributed(
     together = partial(train_step, engine, all_optimizers, batches, **settings, shares=shares, ranks=ranks)
     times: dict[str, list[float]] = {"own": [], "together": [], "alone": []}
     for turn in range(repeats + 2):  # the first two warm up
+        on_turn(f"turn {turn - 1} of {repeats}" if turn > 1 else f"warm-up {turn + 1} of 2")
         ranks.any(False)
         times["own"].append(seconds_of(own, where))
         ranks.any(False)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2cli import device, peers, prove
-from gpt2cli.bench import seconds_of
+from gpt2cli.bench import OnTurn, nobody, seconds_of
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
@@ -52,6 +52,7 @@ def bench_generate(
     prompt_tokens: int,
     new_tokens: int,
     repeats: int,
+    on_turn: OnTurn = nobody,
 ) -> list[GenerateRow]:
     """Greedy decoding of B rows from one prompt of random ids, each library in turn, medians. A run with one new token is
     the time to the first; what longer ones take beyond that is decoding."""
@@ -64,12 +65,17 @@ def bench_generate(
     with peers.started(compare, model, where, dtype, quantize) as others:
         device.set_up(seed=0)
         mine = prepare(copy.deepcopy(model).to(where, device.DTYPES[dtype]).eval(), quantize, rows=B)
-        ways = {"gpt2": ours(mine, where)} | others
-        tokens = {who: run(prompt, B, new_tokens) for who, run in ways.items()}  # which warms up
+        me = f"gpt2 {quantize or dtype}"
+        ways = {me: ours(mine, where)} | others
+        tokens = {}
+        for who, run in ways.items():
+            on_turn(f"warm-up, {who}")
+            tokens[who] = run(prompt, B, new_tokens)
         firsts: dict[str, list[float]] = {who: [] for who in ways}
         rates: dict[str, list[float]] = {who: [] for who in ways}
-        for _ in range(repeats):
+        for turn in range(repeats):
             for who, run in ways.items():
+                on_turn(f"turn {turn + 1} of {repeats}, {who}")
                 first = seconds_of(partial(run, prompt, B, 1), where)
                 whole = seconds_of(partial(run, prompt, B, new_tokens), where)
                 firsts[who].append(first)
@@ -81,9 +87,9 @@ def bench_generate(
             time_to_first_token=statistics.median(firsts[who]),
             decode_tokens_per_second=statistics.median(rates[who]),
             spread=(min(rates[who]), max(rates[who])),
-            of_ours=statistics.median(a / b for a, b in zip(rates[who], rates["gpt2"], strict=True)),
+            of_ours=statistics.median(a / b for a, b in zip(rates[who], rates[me], strict=True)),
             read_rate=read * statistics.median(rates[who]) / B,
-            same_tokens=agreement(tokens["gpt2"], tokens[who]),
+            same_tokens=agreement(tokens[me], tokens[who]),
         )
         for who in ways
     ]

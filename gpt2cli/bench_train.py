@@ -13,7 +13,7 @@ import torch
 
 from gpt2cli import device, memory, peers
 from gpt2cli.apart import Apart
-from gpt2cli.bench import seconds_of
+from gpt2cli.bench import OnTurn, nobody, seconds_of
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
@@ -74,6 +74,7 @@ def bench_train(
     repeats: int,
     compile: bool,
     optimizer: str,
+    on_turn: OnTurn = nobody,
 ) -> list[TrainRow]:
     """An update of B rows of T tokens in one micro-step, by each library in turn, without dropout."""
     if unknown := next((name for name in compare if name != "hf"), None):
@@ -86,7 +87,8 @@ def bench_train(
         for way in ways:
             stack.callback(way.close)
         turns, roofs = [], []
-        for _ in range(WARM_UP + repeats):
+        for turn in range(WARM_UP + repeats):
+            on_turn(f"turn {turn + 1 - WARM_UP} of {repeats}" if turn >= WARM_UP else f"warm-up {turn + 1} of {WARM_UP}")
             turns.append([way() for way in ways])
             roofs.append(device.matmul_rate(where, dtype, seconds=0.1))
     first, timed, ours = turns[0], turns[WARM_UP:], [turn[0].seconds for turn in turns[WARM_UP:]]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2cli import __version__, atomic
@@ -31,7 +31,7 @@ from gpt2cli.config import GPTConfig
 from gpt2cli.distributed import ALONE, Ranks, local_part
 from gpt2cli.errors import UserError
 from gpt2cli.formats import hub, huggingface
-from gpt2cli.formats.weights import shapes
+from gpt2cli.formats.weights import shapes, write_safetensors
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
@@ -93,10 +93,7 @@ def write(run: Path, state: Snapshot) -> Path:
     target = folder_of(run, state.progress.step)
     with atomic.new_folder(target, replace=True) as folder:
         huggingface.write(folder, state.config, state.weights, state.encoding)
-        try:
-            save_file(state.training, folder / "training.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder / 'training.safetensors'}: {error}") from None
+        write_safetensors(folder / "training.safetensors", state.training)
         atomic.write_json(folder / "training.json", asdict(state.progress))
         atomic.seal(folder, {"gpt2cli": __version__, "step": state.progress.step})
     return target

@@ -27,13 +27,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from gpt2cli import GPT, Encoding, GPTConfig, UserError, atomic, checkpoint, curve, device, metrics, writer
 from gpt2cli.commands import app
-from gpt2cli.formats import huggingface
+from gpt2cli.formats import huggingface, weights
 
 STEPS = 40
 TIMES = ("elapsed", "tokens_per_second")
@@ -145,7 +143,7 @@ class Disk:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        real_open, real_save, real_write = io.open, safetensors.torch.save_file, huggingface._write_safetensors
+        real_open, real_write = io.open, weights.write_safetensors
 
         def open_file(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
             if not set(mode) & set("wax+") or str(file) == os.devnull or str(file).endswith(".lock"):
@@ -169,14 +167,6 @@ class Disk:
                 return opened
             return opened
 
-        def save_file(tensors: Any, path: Any, *args: Any, **more: Any) -> None:
-            real_save(tensors, path, *args, **more)
-            try:
-                self.use()
-            except OSError as error:
-                os.truncate(path, os.path.getsize(path) // 2)
-                raise SafetensorError(f"I/O error: {error.strerror} (os error 28)") from None
-
         def counted(real: Callable[..., Any]) -> Callable[..., Any]:
             def function(*args: Any, **more: Any) -> Any:
                 self.use()
@@ -192,8 +182,8 @@ class Disk:
                 os.truncate(path, os.path.getsize(path) // 2)
                 raise
 
-        places: list[tuple[Any, str, Any]] = [(io, "open", open_file), (checkpoint, "save_file", save_file)]
-        places += [(huggingface, "_write_safetensors", write_safetensors)]
+        places: list[tuple[Any, str, Any]] = [(io, "open", open_file)]
+        places += [(module, "write_safetensors", write_safetensors) for module in (huggingface, checkpoint)]
         places += [(os, name, counted(getattr(os, name))) for name in ("fsync", "mkdir", "rename", "replace")]
         before = [(module, name, getattr(module, name)) for module, name, _ in places]
         for module, name, function in places:

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -5,9 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from gpt2cli import bench, bench_train, peers
 from gpt2cli.apart import Apart
+from gpt2cli.commands import console
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
 
@@ -36,6 +39,18 @@ def test_attention_kernels_are_timed_and_held_against_float64(gpt2):
     for row in rows.values():
         assert row["forward"] > 0 and row["backward"] > 0 and row["output_error"] < 1e-5 and row["gradient_error"] < 1e-4
     assert {"efficient", "cudnn"} <= set(result["missing"]) and result["matmul_flops"] > 1e8
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_timed_is_told(gpt2, monkeypatch, terminal):
+    drawn = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=drawn, force_terminal=terminal, width=80, soft_wrap=True))
+    command = ["bench", "attention", "--lengths", 8, "--repeats", 2, "--dtype", "fp32", "--device", "cpu", "--json"]
+    told = "T = 8: warm-up, math", "T = 8: turn 2 of 2, flash"
+    gpt2(*command)
+    assert all((what in drawn.getvalue()) is terminal for what in told)  # elsewhere only what takes long
+    monkeypatch.setattr(console, "LINE_SECONDS", -1.0)
+    assert json.loads(gpt2(*command).out)["bench"] == "attention" and all(what in drawn.getvalue() for what in told)
 
 
 def test_a_wrong_kernel_would_show_in_the_error(monkeypatch):

@@ -24,6 +24,11 @@ def test_a_checkpoint_holds_these_files(run_folder):
         "tokenizer_config.json", "training.json", "training.safetensors"]  # fmt: skip
 
 
+def test_who_may_read_the_weights_may_resume(run_folder):
+    modes = {path.name: path.stat().st_mode for path in (run_folder / "step-000008").iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_transformers_loads_a_trained_checkpoint_as_it_is(run_folder, shakespeare):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

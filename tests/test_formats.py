@@ -24,6 +24,7 @@ from gpt2cli import Encoding, prove
 from gpt2cli.convert import FORMATS, convert
 from gpt2cli.errors import UserError
 from gpt2cli.formats import gguf, huggingface, llmc, nanogpt, openai
+from gpt2cli.formats.weights import write_safetensors
 from gpt2cli.identify import find
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import END_OF_TEXT, byte_of_character, to_written
@@ -771,6 +772,19 @@ def test_a_full_disk_and_an_interrupt_are_not_hidden_by_torchs_zip_writer(tmp_pa
     with pytest.raises(type(error)):
         convert(str(tmp_path / "a"), tmp_path / "n" / "m" / "x.pt", to="nanogpt")
     assert not (tmp_path / "n").exists()
+
+
+def test_what_is_written_is_what_safetensors_writes(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.tensor(7),
+        "half": torch.randn(3).half(),
+        "bf16": torch.randn(2, 2).bfloat16(),
+    }
+    write_safetensors(tmp_path / "ours", tensors | {"t": torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).T})
+    tensors["t"] = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).T.contiguous()
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_broken_model_is_refused_by_name(tmp_path, gpt2):

@@ -44,7 +44,9 @@ def attention(
     from gpt2cli.commands import console
 
     where, kind, facts = decide(device, dtype)
-    rows, missing = bench.bench_attention(where, kind, Ts, B=batch_size, n_head=n_head, head_size=head_size, repeats=repeats)
+    shape = {"B": batch_size, "n_head": n_head, "head_size": head_size}
+    with console.at_work() as tell:
+        rows, missing = bench.bench_attention(where, kind, Ts, **shape, repeats=repeats, on_turn=tell)
     if as_json:
         return console.print_json(bench.as_json("attention", facts, rows, missing))
     best = {T: min(row.forward + row.backward for row in rows if row.T == T) for T in Ts}
@@ -89,17 +91,19 @@ def train(
     from gpt2cli.commands import console
 
     where, kind, facts = decide(device, dtype)
-    rows = bench_train.bench_train(
-        config,
-        where,
-        kind,
-        compare=compare.split(",") if compare else (),
-        B=batch_size,
-        T=seq_len,
-        repeats=repeats,
-        compile=compile,
-        optimizer=optimizer,
-    )
+    with console.at_work() as tell:
+        rows = bench_train.bench_train(
+            config,
+            where,
+            kind,
+            compare=compare.split(",") if compare else (),
+            B=batch_size,
+            T=seq_len,
+            repeats=repeats,
+            compile=compile,
+            optimizer=optimizer,
+            on_turn=tell,
+        )
     facts |= {"parameters": config.num_parameters(), "B": batch_size, "T": seq_len, "optimizer": optimizer}
     if as_json:
         return console.print_json(bench.as_json("train", facts, rows))
@@ -152,17 +156,19 @@ def sample(
     where, kind, facts = decide(device, dtype)
     loaded = checkpoint.load(model) if model else None
     network = loaded.model if loaded else GPT(config).eval()
-    rows = bench_generate.bench_generate(
-        network,
-        where,
-        kind,
-        quantize=quantize,
-        compare=compare.split(",") if compare else (),
-        B=batch_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-    )
+    with console.at_work() as tell:
+        rows = bench_generate.bench_generate(
+            network,
+            where,
+            kind,
+            quantize=quantize,
+            compare=compare.split(",") if compare else (),
+            B=batch_size,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            on_turn=tell,
+        )
     facts |= {"parameters": network.config.num_parameters(), "B": batch_size, "prompt_tokens": prompt_tokens}
     facts |= {"new_tokens": new_tokens, "quantize": quantize, "read_bandwidth": bench_generate.read_bandwidth(where)}
     if quantize:
@@ -209,8 +215,8 @@ def tokenize(
     from gpt2cli.commands import console
 
     facts = bench.machine(device.pick_device("cpu"))
-    with bench.text_to_tokenize(text) as file:
-        rows = bench.bench_tokenize(file, counts, repeats)
+    with bench.text_to_tokenize(text) as file, console.at_work() as tell:
+        rows = bench.bench_tokenize(file, counts, repeats, tell)
         count = file.stat().st_size
     if as_json:
         return console.print_json(bench.as_json("tokenize", facts | {"bytes": count}, rows))

@@ -50,18 +50,20 @@ def distributed(
             raise UserError("one process has nobody to talk to: add --nproc N, or start it with torchrun")
         ranks.connect(pick_device(device))  # before anything is computed there
         where, kind, facts = decide(device, dtype)
-        found = bench_distributed.bench_distributed(
-            config,
-            where,
-            kind,
-            ranks=ranks,
-            parallel=parallel,
-            tokens=tokens_per_step,
-            B=batch_size,
-            T=seq_len,
-            repeats=repeats,
-            compile=compile,
-        )
+        with console.at_work() as tell:
+            found = bench_distributed.bench_distributed(
+                config,
+                where,
+                kind,
+                ranks=ranks,
+                parallel=parallel,
+                tokens=tokens_per_step,
+                B=batch_size,
+                T=seq_len,
+                repeats=repeats,
+                compile=compile,
+                on_turn=tell,
+            )
     if ranks.is_first and as_json:
         console.print_json({"bench": "distributed", **facts, **asdict(found)})
     elif ranks.is_first:

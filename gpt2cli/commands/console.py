@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -96,6 +96,25 @@ class Bars:
             left = seconds((total - done) / rate)
             note(f"{what}: {size(done)} of {size(total)}, {size(rate)} a second, {left} left")
         self._progress.update(self._tasks[what], completed=done, total=total or None)
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[Callable[[str], None]]:
+    """What it gives is to be told what is done next: one line that changes on a terminal, elsewhere a line every half minute.
+    Nothing is drawn in between, since that would be timed along."""
+    live = Live(console=stderr, auto_refresh=False, transient=True) if stderr.is_terminal else None
+    told = time.monotonic()
+
+    def tell(what: str) -> None:
+        nonlocal told
+        if live:
+            live.update(Text(what, style="dim"), refresh=True)
+        elif time.monotonic() > told + LINE_SECONDS:
+            told = time.monotonic()
+            note(what)
+
+    with live or contextlib.nullcontext():
+        yield tell
 
 
 # ==== train ====

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from gpt2cli import atomic
 from gpt2cli.config import ACTIVATIONS, GPTConfig
 from gpt2cli.errors import UserError
 from gpt2cli.formats import pickled, weights
-from gpt2cli.formats.weights import State, Weights
+from gpt2cli.formats.weights import State, Weights, write_safetensors
 from gpt2cli.tokenizer import Encoding
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -54,7 +52,6 @@ _CARRIED = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "embd_pdrop", "reorder_and_upcast_attn"),
     *("task_specific_params", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
 )
-_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 # ==== config.json ====
@@ -211,39 +208,13 @@ def write(folder: Path, config: GPTConfig, state: State, encoding: Encoding | No
         reader = partial(state.__getitem__, ours)
         name = ours if ours == "lm_head.weight" else f"transformer.{ours}"
         theirs[name] = partial(_transposed, reader) if ours.endswith(_TRANSPOSED) else reader
-    _write_safetensors(folder / "model.safetensors", Weights(theirs), dtype)
+    write_safetensors(folder / "model.safetensors", Weights(theirs), dtype)
     dtype = dtype or state["wte.weight"].dtype
     eot = encoding.eot if encoding else None
     _write_json(folder / "config.json", config_to_json(config, dtype, eot))
     _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
     if encoding:
         encoding.save(folder)
-
-
-def _write_safetensors(path: Path, tensors: State, dtype: torch.dtype | None) -> None:
-    """The file that `safetensors.torch.save_file` writes, which needs a second and third copy of the model for it; here it is
-    one tensor. The format: https://huggingface.co/docs/safetensors. Replaces `path` at the end: it may be mapped."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stored = {name: dtype or tensors[name].dtype for name in tensors}
-    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))  # wide ones first keeps each aligned
-    end = 0
-    for name in order:
-        shape = list(tensors[name].shape)
-        begin, end = end, end + math.prod(shape) * stored[name].itemsize
-        header[name] = {"dtype": _STORED[stored[name]], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                tensor = tensors[name].detach().to("cpu", stored[name]).contiguous()
-                file.write(tensor.flatten().view(torch.uint8).numpy().data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def carry_over(source: Path, folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from gpt2cli.tokenizer import Encoding
 State = Mapping[str, Tensor]  # `GPT`'s names, linear weights as (out, in)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # one function, two names
 
 
@@ -122,3 +126,30 @@ def check_plain(tensors: State, source: str) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(f"{source}: {name} is not a plain tensor")
+
+
+def write_safetensors(path: Path, tensors: State, dtype: torch.dtype | None = None) -> None:
+    """The file that `safetensors.torch.save_file` writes, of tensors in `dtype` or else their own. That one wants all of them
+    at once, and here each may be made when it is written. The format: https://huggingface.co/docs/safetensors. Replaces `path`
+    at the end: it may be mapped."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stored = {name: dtype or tensors[name].dtype for name in tensors}
+    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))  # wide ones first keeps each aligned
+    end = 0
+    for name in order:
+        shape = list(tensors[name].shape)
+        begin, end = end, end + math.prod(shape) * stored[name].itemsize
+        header[name] = {"dtype": _STORED[stored[name]], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                tensor = tensors[name].detach().to("cpu", stored[name]).contiguous()
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
