@@ -249,6 +249,9 @@ class Job:
             raise UserError("the text changed while it was read: run it again")
         for writer in writers:
             writer.close()
+        if not state.tokens[0]:
+            fraction = self.policy.val_fraction
+            raise UserError(f"--val-fraction {fraction:g} leaves nothing of the text to train on: lower it (0.05 is usual)")
 
     def _pieces(self, state: State, settle: Settle | None = None) -> Iterator[tuple[Piece, bool]]:
         """What is left, each with whether it is held out."""

@@ -16,7 +16,7 @@ from gpt2cli import atomic, checkpoint, device, documents
 from gpt2cli.batch import decide_batch, need
 from gpt2cli.config import PRESETS, GPTConfig, TrainConfig, from_dict
 from gpt2cli.data import micro_steps
-from gpt2cli.errors import UserError, size
+from gpt2cli.errors import UserError, many, size
 from gpt2cli.formats import hub, huggingface
 from gpt2cli.optim import best_lr
 from gpt2cli.provenance import provenance
@@ -186,8 +186,11 @@ def make_plan(
     sources = find_sources(data, train, encoding, cache, on_tokenize)
     if train.train_vocab:
         encoding = find_vocabulary([sources[0].tokens]) or encoding
-    if not any(source.val_tokens for source in sources):
+    val_tokens = sum(source.val_tokens for source in sources)
+    if not val_tokens:
         notes.append("no validation split: the newest checkpoint counts as the best")
+    elif val_tokens < (train.seq_len or model.block_size):
+        notes.append(f"validation is on {many(val_tokens, 'token')} only, which says little: hold out more (--val-fraction)")
     check_sources(sources, train.seq_len or 1, model.vocab_size, encoding)
     train = _decide_machine(train, where, notes)
     device.check_attention(where, train.dtype, train.attention, model.head_size, model.attn_dropout)

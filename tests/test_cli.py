@@ -109,7 +109,7 @@ def test_the_whole_road(gpt2, text_file):
     result = json.loads(
         gpt2("sample", "run", "--prompt", "First ", "--top-k", 5, "--max-new-tokens", 9, "--num-samples", 2, "--json").out
     )
-    assert set(result) == {"model", "seed", "samples", "tokens_per_second", "time_to_first_token"}
+    assert set(result) == {"model", "seed", "prompt", "samples", "tokens_per_second", "time_to_first_token"}
     assert len(result["samples"]) == 2 and len(result["samples"][0]["tokens"]) == 9
     assert first.out == "First " + result["samples"][0]["text"] + "\n"
     assert result["samples"][0]["finish_reason"] == "length"

@@ -22,6 +22,8 @@ from gpt2cli.shards import Tokens, find_shards
 from gpt2cli.survey import Policy
 from gpt2cli.tokenizer import Encoding
 
+from .conftest import QUICK
+
 ALL = Policy(val_fraction=0)
 ODD = "ab é漢、。'sdt 19_-\n\t\r\u00a0\u2028\x1c!<|²Ⅷ🙂"
 
@@ -303,6 +305,15 @@ def test_the_split_can_be_chosen(tmp_path, text_file, shakespeare):
     assert tail.split == "tail" and documents_of(tmp_path / "b", "val")[1:] == texts[-14:]
     with pytest.raises(UserError, match="--split is 'half'"):
         Policy(split="half")
+
+
+def test_what_leaves_nothing_to_train_on_is_refused_and_what_leaves_little_to_validate_on_is_told(tmp_path, text_file, gpt2):
+    done = gpt2("train", text_file, *QUICK, "--val-fraction", 0.9999, "--dry-run")
+    assert done.code == 1 and "--val-fraction 0.9999 leaves nothing" in done.err and "shards" not in done.err
+    assert gpt2("tokenize", text_file, "--out", "tokens", "--val-fraction", 0.9999).code == 1 and not Path("tokens").exists()
+    done = gpt2("train", text_file, *QUICK, "--val-fraction", 0.0001, "--dry-run")
+    assert done.code == 0 and "only, which says little" in done.err
+    assert "only, which" not in gpt2("train", text_file, *QUICK, "--dry-run").err
 
 
 def test_the_tail_of_a_text_without_spaces_has_its_size(tmp_path):

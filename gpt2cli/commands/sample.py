@@ -133,7 +133,7 @@ def command(
             on_end=show.end,
         )
     if as_json:
-        console.print_json(as_object(result, str(loaded.folder), seed))
+        console.print_json({"model": str(loaded.folder), "seed": seed, "prompt": lines[0]["prompt"], **as_object(result)})
     tell(result, seed, loaded.folder, loaded.model.config.block_size)
 
 
@@ -215,10 +215,10 @@ def opened(path: Path, resume: bool) -> Iterator[Any]:
         raise
 
 
-def as_object(result: Completion, folder: str, seed: int) -> dict[str, Any]:
+def as_object(result: Completion) -> dict[str, Any]:
     samples = [{key: value for key, value in asdict(sample).items() if value is not None} for sample in result.samples]
     speed = {"tokens_per_second": result.tokens_per_second, "time_to_first_token": result.time_to_first_token}
-    return {"model": folder, "seed": seed, "samples": samples, **speed}
+    return {"samples": samples, **speed}
 
 
 def tell(result: Completion, seed: int, folder: Path, block_size: int) -> None:
