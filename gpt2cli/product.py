@@ -7,6 +7,7 @@ weight stays with MKL, which is a tenth faster there.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGE = 1 << 17  # weights; with fewer a call of oneDNN takes longer than it saves
+FEW = 4  # rows up to which the kernels of `few` are faster than a library's
 
 
 class Linear(nn.Linear):
@@ -49,6 +51,11 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)` by oneDNN: x (..., in), weight (out, in), which may be a transposed view. Autograd does not
     see it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def few_rows(rows: int) -> bool:
+    """Whether so many rows of one token each are for the kernels of `few`, whose compiler is there."""
+    return rows <= FEW and find_spec("numba") is not None
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ class Rows:
         n_vocab: int | None,
         logprobs: bool,
     ) -> None:
+        from gpt2cli.linear import few_steps  # which asks for large pages: not where a model is trained
+
         self.model, self.config, self.size, self.n_vocab = model, config, size, n_vocab
         self.rows: list[Row] = []
         like = model.wpe.weight
@@ -90,6 +92,7 @@ class Rows:
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
         self.graphs = Graphs(like.device)
         self.fused = _fused(model, self.cache) if self.graphs.used else None
+        self.few = None if self.graphs.used else few_steps(model, self.cache)
         self.draw = choose if self.fused is None else self.fused.drawing(config, self.logits[0, :n_vocab].numel())
 
     def admit(self, rows: Sequence[Row]) -> None:
@@ -166,6 +169,9 @@ class Rows:
         if len(full) < B:
             if self.graphs.used:
                 self._step_ahead(self._extent())
+            elif self.few:
+                self.cache.tell()
+                self.few.step(self.new[:B], self.logits[:B])
             else:
                 self._step(self.cache.rows(B), B)
             self.cache.lengths[:B] = [length + 1 for length in self.cache.lengths[:B]]

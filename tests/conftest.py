@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 # Models this small are fastest on one thread; read when torch is first imported, here and by the programs tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,7 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # which would colou
 import pytest
 import torch
 
+from gpt2cli.cache import KVCache, Masked, Prompts
 from gpt2cli.commands import app
 from gpt2cli.config import GPTConfig
 from gpt2cli.model import GPT
@@ -90,3 +92,33 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, shakespeare: str) -> Pa
     command += ["--cache-dir", folder / "cache", "--out", out]
     assert app.run([str(part) for part in command]) == 0
     return out
+
+
+@torch.inference_mode()
+def steps_apart(
+    kernels: Callable[..., Any], model: GPT, lengths: list[int], steps: int = 1, oracle: GPT | None = None
+) -> float:
+    """The largest distance of logits, and of what the cache holds, between steps by `kernels` and by the model (or another)
+    of rows that hold `lengths` tokens."""
+    torch.manual_seed(1)
+    V, B, device, oracle = model.config.vocab_size, len(lengths), model.wpe.weight.device, oracle or model
+    caches = [KVCache(model.config, B + 1, model.config.block_size, model.wpe.weight) for _ in range(2)]
+    for n, length in enumerate(lengths):
+        ids = torch.randint(V, (1, length), device=device)
+        for cache in caches:
+            oracle.hidden(ids, Prompts(cache, n))
+            cache.lengths[n] = length
+    new, ours = torch.randint(V, (B,), device=device), kernels(model, caches[1])
+    distances = []
+    for _ in range(steps):
+        for cache in caches:
+            cache.tell()
+        expected = oracle.head(oracle.hidden(new[:, None], Masked(caches[0], B, caches[0].size))[:, -1])
+        ours.step(new, found := torch.zeros_like(expected))
+        pairs = (found, expected), (caches[0].k, caches[1].k), (caches[0].v, caches[1].v)
+        distances += [(a - b).abs().max() for a, b in pairs]
+        for cache in caches:
+            cache.lengths[:B] = [length + 1 for length in cache.lengths[:B]]
+        new = expected.argmax(dim=-1)
+    assert not caches[1].k[:, B].any()  # the row that has nothing yet
+    return float(torch.stack(distances).max())

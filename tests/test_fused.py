@@ -17,13 +17,13 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from gpt2cli import fused
 from gpt2cli.ahead import Graphs
-from gpt2cli.cache import KVCache, Masked, Prompts
+from gpt2cli.cache import KVCache
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
 from gpt2cli.linear import prepare
 from gpt2cli.rows import PLANLESS
 from gpt2cli.sampling import choose
 
-from .conftest import make_model
+from .conftest import make_model, steps_apart
 from .test_generate import continuations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,32 +35,9 @@ SHAPES = [
 ]
 
 
-@torch.inference_mode()
 @sdpa_kernel(PLANLESS)
 def apart(model, lengths, steps=1):
-    """Largest distances of logits and of what the cache holds, after steps of rows that hold `lengths` tokens."""
-    torch.manual_seed(1)
-    V, B = model.config.vocab_size, len(lengths)
-    caches = [KVCache(model.config, B + 1, model.config.block_size, model.wpe.weight) for _ in range(2)]
-    for n, length in enumerate(lengths):
-        ids = torch.randint(V, (1, length), device=DEVICE)
-        for cache in caches:
-            model.hidden(ids, Prompts(cache, n))
-            cache.lengths[n] = length
-    new, kernels = torch.randint(V, (B,), device=DEVICE), fused.Fused(model, caches[1])
-    distances = []
-    for _ in range(steps):
-        for cache in caches:
-            cache.tell()
-        expected = model.head(model.hidden(new[:, None], Masked(caches[0], B, caches[0].size))[:, -1])
-        kernels.step(new, found := torch.zeros_like(expected))
-        pairs = (found, expected), (caches[0].k, caches[1].k), (caches[0].v, caches[1].v)
-        distances += [(a - b).abs().max() for a, b in pairs]
-        for cache in caches:
-            cache.lengths[:B] = [length + 1 for length in cache.lengths[:B]]
-        new = expected.argmax(dim=-1)
-    assert not caches[1].k[:, B].any()  # the row that has nothing yet
-    return float(torch.stack(distances).max())
+    return steps_apart(fused.Fused, model, lengths, steps)
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5], [9, 1, 2, 30, 4, 5]])

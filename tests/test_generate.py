@@ -93,10 +93,14 @@ class HereToo(Graphs):
         return Recorded(work)
 
 
-@pytest.fixture(params=["step by step", "ahead, from records"])
-def both_ways(request, monkeypatch):
-    """As on a CPU, and as on a GPU."""
-    if request.param != "step by step":
+@pytest.fixture(params=["numba's kernels", "torch alone", "ahead, from records"])
+def all_ways(request, monkeypatch):
+    """As on a CPU, with numba and without, and as on a GPU."""
+    if request.param == "torch alone":
+        monkeypatch.setattr(sys.modules["gpt2cli.linear"], "few_rows", lambda rows: False)
+    elif request.param == "numba's kernels":
+        pytest.importorskip("numba", reason="numba is not installed: pip install numba")
+    else:
         monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", HereToo)
         sort = lambda probabilities, top_p: probabilities.sort(dim=-1, descending=True)  # noqa: E731
         monkeypatch.setattr(sys.modules["gpt2cli.sampling"], "_likeliest", sort)
@@ -105,7 +109,7 @@ def both_ways(request, monkeypatch):
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 @pytest.mark.parametrize("shape", [{}, {"n_head": 5, "n_embd": 80, "block_size": 17, "n_layer": 3}, {"block_size": 4}])
 def test_greedy_with_a_cache_is_greedy_by_full_forward(shape):
     model = make_model(**shape)
@@ -114,7 +118,7 @@ def test_greedy_with_a_cache_is_greedy_by_full_forward(shape):
     assert PROMPT + new == by_full_forward(model, PROMPT, len(new))
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_sliding_sees_exactly_the_last_block_size_tokens():
     model = make_model(block_size=9)
     slide = SamplingConfig(greedy=True, max_new_tokens=40, overflow="slide")
@@ -133,7 +137,7 @@ def test_greedy_is_transformers_greedy(tmp_path):
     assert PROMPT + first_row(generate(model, PROMPT, SamplingConfig(greedy=True, max_new_tokens=25))) == expected
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_a_sample_does_not_depend_on_its_neighbours():
     model = make_model()
     config = SamplingConfig(max_new_tokens=20, seed=11)
@@ -143,7 +147,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     assert len(set(together)) == 3
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_top_k_of_one_is_greedy_and_ids_beyond_the_tokenizers_are_never_chosen():
     model = make_model()
     one = SamplingConfig(max_new_tokens=20, top_k=1)
@@ -154,7 +158,7 @@ def test_top_k_of_one_is_greedy_and_ids_beyond_the_tokenizers_are_never_chosen()
     assert max(first_row(generate(model, PROMPT, wild, n_vocab=10))) < 10
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
     model = make_model()
     config = SamplingConfig(max_new_tokens=20)
@@ -170,7 +174,7 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on():
 MANY = [[5, 3, 8], [1], [9, 9, 2, 4, 4, 1, 7], [3, 3], list(range(20)), [5, 3, 8], [60, 61]]
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
 @pytest.mark.parametrize("options", [{"greedy": True}, {"seed": 4}, {"seed": 4, "repetition_penalty": 1.4, "top_k": 9}])
 def test_a_prompt_in_a_batch_is_the_prompt_alone_whatever_its_neighbours_lengths(rows, options):
@@ -197,7 +201,7 @@ def test_prompts_enter_together_and_the_same_one_only_once(monkeypatch):
         assert continuations(model, MANY, config) == expected and seen == shapes
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 @pytest.mark.parametrize("rows, most", [(2, 2048), (4, 2048), (4, 18), (4, 1)])
 def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows, most, monkeypatch):
     monkeypatch.setattr(sys.modules["gpt2cli.rows"], "PROMPT_TOKENS", most)
@@ -210,7 +214,7 @@ def test_rows_that_slide_and_rows_that_do_not_share_a_batch(rows, most, monkeypa
     assert ends == ["length", "context", "length"]
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_a_row_that_filled_its_context_leaves_the_others_alone():
     model, prompts = make_model(block_size=8), [[2], [3, 4], [1] * 7]
     found = continuations(model, prompts, SamplingConfig(greedy=True, max_new_tokens=6))
@@ -219,7 +223,7 @@ def test_a_row_that_filled_its_context_leaves_the_others_alone():
         assert prompt + ids == by_full_forward(model, prompt, len(ids))
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_log_probabilities_are_the_models_own():
     model = make_model()
     config = SamplingConfig(max_new_tokens=6, temperature=2.0, top_k=5, repetition_penalty=1.5)
@@ -229,7 +233,7 @@ def test_log_probabilities_are_the_models_own():
     assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_a_caller_can_end_a_prompt():
     model = make_model()
     config = SamplingConfig(greedy=True, max_new_tokens=20)
@@ -239,7 +243,7 @@ def test_a_caller_can_end_a_prompt():
     assert stopped[1] == (free[1][0][: at + 1], [], "stop") and stopped[0] == free[0] and stopped[2] == free[2]
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_a_row_that_moves_in_the_batch_keeps_what_it_has_seen():
     model = make_model()
     config = SamplingConfig(greedy=True, max_new_tokens=9, repetition_penalty=2.0)
@@ -363,7 +367,7 @@ def test_the_repetition_penalty_is_transformers(tmp_path):
 @needs_onednn
 @pytest.mark.parametrize("shape", [{}, {"n_head": 5, "n_embd": 80, "vocab_size": 311}, {"tie_word_embeddings": False}])
 def test_packed_layers_compute_what_the_model_computes(shape):
-    model, packed = make_model(**shape), prepare(make_model(**shape))
+    model, packed = make_model(**shape), prepare(make_model(**shape), rows=5)
     kinds = [type(module) for module in packed.modules()]
     assert kinds.count(PackedLinear) == 8 and isinstance(vars(packed)["head"], PackedLinear)
     for T in (1, 3, 32):
@@ -473,7 +477,7 @@ def test_a_prepared_model_is_not_saved_as_if_it_were_one(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 def test_what_would_reach_the_end_of_the_context_can_be_refused():
     config = SamplingConfig(max_new_tokens=30, overflow="error")
     with pytest.raises(UserError, match="30 more do not fit the context of 32"):
