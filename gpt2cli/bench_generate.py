@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from gpt2cli.bench import OnTurn, nobody, seconds_of
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
-from gpt2cli.linear import FEW, prepare
+from gpt2cli.linear import FEW, few_for, prepare
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
@@ -65,7 +66,7 @@ def bench_generate(
     with peers.started(compare, model, where, dtype, quantize) as others:
         device.set_up(seed=0)
         mine = prepare(copy.deepcopy(model).to(where, device.DTYPES[dtype]).eval(), quantize, rows=B)
-        me = f"gpt2 {quantize or dtype}"
+        me = f"gpt2 {quantize or dtype}" + (f", numba {version('numba')}" if few_for(mine, B) else "")
         ways = {me: ours(mine, where)} | others
         tokens = {}
         for who, run in ways.items():

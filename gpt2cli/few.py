@@ -9,7 +9,9 @@ layers are the model's own, and int8 weights meet x in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numba
@@ -23,13 +25,19 @@ from numba.np.ufunc import omppool  # type: ignore[attr-defined]  # noqa: F401  
 from torch import Tensor, nn
 
 from gpt2cli.cache import KVCache
-from gpt2cli.model import GPT, Block
+from gpt2cli.model import GPT, MLP, Block, CausalSelfAttention
 from gpt2cli.product import Linear
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
+    numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
 AHEAD = 6144  # bytes of int8 weights that are asked for before they are needed: the processor by itself asks too late
 GELU_TANH, GELU, RELU, SILU, NONE = range(5)
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU, "relu": RELU, "silu": SILU}
 MOST = cast("int", numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # threads, one for each core
+MODULES = {GPT, Block, CausalSelfAttention, MLP, Linear, nn.Embedding, nn.Dropout, nn.ModuleList}
 ABSENT = np.empty(0, np.float32)
 # Sums in any order, as every fast product has them; what is not a number stays that.
 compiled = njit(parallel=True, nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -49,8 +57,12 @@ class Few:
 
     def step(self, ids: Tensor, logits: Tensor) -> None:
         """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at`."""
-        B, config, n = len(ids), self._config, min(torch.get_num_threads(), MOST)
-        _set_threads(n)
+        n = min(torch.get_num_threads(), MOST)
+        with _threads(n):
+            self._step(ids, logits, n)
+
+    def _step(self, ids: Tensor, logits: Tensor, n: int) -> None:
+        B, config = len(ids), self._config
         at, eps = self._at[:B], config.layer_norm_epsilon
         x = self._wte[ids.numpy()] + self._wpe[at]  # (B, C), the residual stream
         qkv, y = np.empty((B, 3 * config.n_embd), np.float32), np.empty_like(x)
@@ -64,12 +76,18 @@ class Few:
         _linear(x, *self._ln_f, eps, *self._head, NONE, False, logits.numpy(), n)
 
 
-def _set_threads(n: int) -> None:
-    """Of numba. It begins with all cores, and OpenMP may be one library for it and torch, whose number it would set, too."""
-    before = torch.get_num_threads()
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """So many of numba's. It begins with all cores, and then sets torch's number as well."""
+    torchs = torch.get_num_threads()
+    before = numba.get_num_threads()
     numba.set_num_threads(n)
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
+    if torch.get_num_threads() != torchs:
+        torch.set_num_threads(torchs)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 class _Block:
@@ -192,10 +210,41 @@ def _attend(qkv, k_held, v_held, at, scale, y, threads):  # type: ignore[no-unty
                 mixed[h] /= total
 
 
+def try_out() -> None:
+    """Have numba make all kernels, or find what it made before; raises what it likes where it cannot."""
+    x, y, numbers, n = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32), np.ones(2, np.float32), 1
+    with _threads(n):
+        for weight in (np.ones((2, 2), np.float32), np.ones((2, 2), np.int8)):
+            _linear(x, numbers, numbers, 1e-5, weight, numbers, numbers, GELU, True, y, n)
+        held = np.zeros((1, 1, 2, 2), np.float32)
+        _attend(np.ones((1, 6), np.float32), held, held.copy(), np.zeros(1, np.int64), np.float32(1), y, n)
+
+
 def suits(model: GPT) -> bool:
-    """Whether there are kernels for it: fp32 on a CPU, where it is whole, with layers that keep their weights as they are."""
-    layers = [layer for block in cast("Sequence[Block]", model.h) for layer in (block.attn.c_attn, block.mlp.c_proj)]
-    plain = all(type(parameter) in (Tensor, nn.Parameter) for parameter in model.parameters())
-    like = model.wpe.weight
+    """Whether its steps are what the kernels do: fp32 on a CPU, every layer there, and none replaced or listened to."""
+    like, head = model.wpe.weight, vars(model).get("head")
     right = like.device.type == "cpu" and like.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and right and all(isinstance(layer, Linear) or hasattr(layer, "scale") for layer in layers)
+    dropout = model.training and (model.config.dropout or model.config.attn_dropout)
+    known = all(_is_known(module) for module in model.modules()) and (head is None or _is_int8(head))
+    plain = all(type(p) is nn.Parameter and p.is_contiguous() and p.dtype == like.dtype for p in model.parameters())
+    heard = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return right and known and plain and not (dropout or heard or forked)
+
+
+def _is_known(module: nn.Module) -> bool:
+    if type(module) is nn.LayerNorm:
+        return module.weight is not None and module.bias is not None
+    return type(module) in MODULES or _is_int8(module)
+
+
+def _is_int8(module: Any) -> bool:
+    return isinstance(getattr(module, "scale", None), Tensor)
+
+
+def _after_fork() -> None:
+    global forked
+    forked = True
+
+
+forked = False  # after numba's threads were started: in such a process GNU's OpenMP ends the program
+os.register_at_fork(after_in_child=_after_fork)

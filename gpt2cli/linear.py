@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -19,13 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2cli import device
-from gpt2cli.cache import KVCache
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 from gpt2cli.product import few_rows, has_onednn, onednn
-
-if TYPE_CHECKING:
-    from gpt2cli.few import Few
 
 # Large tensors in pages of 2 MB: fewer of them to look up, and the memory is read at more of its speed. torch looks when it
 # first allocates. Training gains nothing by it, and would need a tenth more memory.
@@ -45,37 +41,36 @@ def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     weight = model.wpe.weight
     if quantize is None and not (weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()):
         return model
-    if quantize is None and _warm(model, rows):
-        return model  # it is read as it is
+    few = few_for(model, rows)  # found out now, not when tokens are awaited
+    if quantize is None and few:
+        return model  # whose weights are read as they are
     make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, rows)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != "lm_head":
                 setattr(module, name, make(child.weight.detach(), None if child.bias is None else child.bias.detach()))
     vars(model)["head"] = make(model.head_weight.detach(), None)  # in place of the method
-    if quantize:
-        _warm(model, rows)
     return model
 
 
-def few_steps(model: GPT, cache: KVCache) -> Few | None:
-    """The kernels of `few`, where they are of use and numba, an extra, works."""
-    if not few_rows(len(cache.lengths)):
-        return None
+def few_for(model: GPT, rows: int) -> ModuleType | None:
+    """`few`, where its kernels do what `model` does, and are of use."""
+    few = _few() if few_rows(rows) else None
+    return few if few and few.suits(model) else None
+
+
+@cache
+def _few() -> ModuleType | None:
+    """The kernels, made: that takes seconds, once on a machine. None where numba, an extra, does not work."""
     try:
         from gpt2cli import few
-    except ImportError as error:
-        warnings.warn(f"numba does not work here, so decoding is slower: {error}", stacklevel=2)
+
+        few.try_out()
+    except Exception as error:  # of another numpy than it knows, of a cache that is broken or cannot be written, ...
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        warnings.warn(f"numba does not work here, so decoding is slower: {reason}", stacklevel=3)
         return None
-    return few.Few(model, cache) if few.suits(model) else None
-
-
-def _warm(model: GPT, rows: int) -> bool:
-    """Whether there are such kernels, which are made now: that takes seconds, once on a machine."""
-    steps = few_steps(model, KVCache(model.config, rows, 1, model.wpe.weight))
-    if steps:
-        steps.step(torch.zeros(rows, dtype=torch.int64), torch.empty(rows, model.config.vocab_size))
-    return steps is not None
+    return few
 
 
 def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None, rows: int = 1) -> GPT:

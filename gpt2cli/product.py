@@ -7,6 +7,7 @@ weight stays with MKL, which is a tenth faster there.
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -54,8 +55,9 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def few_rows(rows: int) -> bool:
-    """Whether so many rows of one token each are for the kernels of `few`, whose compiler is there."""
-    return rows <= FEW and find_spec("numba") is not None
+    """Whether so many rows of one token each are for the kernels of `few`, whose compiler is there. They were tried on Linux
+    only."""
+    return rows <= FEW and sys.platform == "linux" and find_spec("numba") is not None
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Rows:
         n_vocab: int | None,
         logprobs: bool,
     ) -> None:
-        from gpt2cli.linear import few_steps  # which asks for large pages: not where a model is trained
+        from gpt2cli.linear import few_for  # which asks for large pages: not where a model is trained
 
         self.model, self.config, self.size, self.n_vocab = model, config, size, n_vocab
         self.rows: list[Row] = []
@@ -92,7 +92,8 @@ class Rows:
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
         self.graphs = Graphs(like.device)
         self.fused = _fused(model, self.cache) if self.graphs.used else None
-        self.few = None if self.graphs.used else few_steps(model, self.cache)
+        few = None if self.graphs.used else few_for(model, size)
+        self.few = few.Few(model, self.cache) if few else None
         self.draw = choose if self.fused is None else self.fused.drawing(config, self.logits[0, :n_vocab].numel())
 
     def admit(self, rows: Sequence[Row]) -> None:

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "sampling": "config",
     "fused": "cache config model sampling",
     "few": "cache model product",
-    "linear": "cache device few model product",
+    "linear": "device few model product",
     "rows": "ahead cache config few fused linear model sampling",
     "generate": "config model rows",
     "complete": "config generate model tokenizer",
