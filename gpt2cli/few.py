@@ -33,7 +33,7 @@ if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
 if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
-AHEAD = 6144  # bytes of int8 weights that are asked for before they are needed: the processor by itself asks too late
+AHEAD = 6144  # bytes of int8 weights that are asked for before they are needed: without it they came at two thirds of the speed
 GELU_TANH, GELU, RELU, SILU, NONE = range(5)
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU, "relu": RELU, "silu": SILU}
 MOST = cast("int", numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # threads, one for each core

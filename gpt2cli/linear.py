@@ -2,7 +2,8 @@
 
 On a CPU torch's own product of one row reads at half the speed of the memory (MKL's works on one core), and that of a few
 rows is slower still; oneDNN's, with its weights in blocks, reads at some three quarters of it. (The kernels of `few`, where
-numba is installed, read at all of it, and want the weights as they are.) With int8 weights there is a quarter to read.
+numba is installed, read at nearly all of it for one row, and want the weights as they are.) With int8 weights there is a
+quarter to read.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class PackedLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """Weight-only int8: each output's weights (a row) are whole multiples of 1/127 of the largest of them, x stays as
-    it is but for a rounding to bf16, in which the product is made.
+    it is but for a rounding to bf16, in which the product is made. (The kernels of `few` make it in fp32.)
 
     A row of x is computed without regard to the others: no scale is taken over them.
     """

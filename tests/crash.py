@@ -150,7 +150,7 @@ class Disk:
                 return real_open(file, mode, *args, **more)
             self.use()
             opened = real_open(file, mode, *args, **more)
-            if "training.safetensors" in str(file):  # written as the model's, which has fewer tensors
+            if "training.safetensors" in str(file):  # written by what writes the model's
                 return opened
             write = opened.write
 

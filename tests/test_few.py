@@ -12,6 +12,9 @@ import torch
 
 pytest.importorskip("numba", reason="numba is not installed: pip install numba (on Linux)")
 
+if sys.platform != "linux":
+    pytest.skip("they are for Linux", allow_module_level=True)
+
 from gpt2cli import few, linear
 from gpt2cli.cache import KVCache
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
@@ -77,7 +80,7 @@ def test_torch_keeps_its_threads():
     program = """
 import os, torch
 os.environ["NUMBA_NUM_THREADS"] = "3"
-from gpt2cli import few, linear
+from gpt2cli import few
 from gpt2cli.cache import KVCache
 from gpt2cli.config import GPTConfig
 from gpt2cli.model import GPT

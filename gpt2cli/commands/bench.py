@@ -194,7 +194,8 @@ def sample(
     console.note(f"our weights are read at {rows[0].read_rate / 1e9:.1f} GB/s; a sum reads {roof / 1e9:.1f} GB/s here")
     if quantize:
         before, after = facts["perplexity"]
-        console.note(f"perplexity {before:.3f}, with {quantize} {after:.3f} ({after / before - 1:+.2%}), on the embedded text")
+        change = f"{before:.3f}, with {quantize} {after:.3f} ({after / before - 1:+.2%})"
+        console.note(f"perplexity {change}, on the embedded text, by torch's product")
     show_conditions(facts)
 
 
