@@ -1,8 +1,8 @@
 """The output layer and its cross entropy in one, in chunks of rows: the logits of a whole batch never exist.
 
-With V = 50,257 the logits are most of a small model's memory. Here each chunk's logits become probabilities, these the
-gradient of the logits, and that is multiplied out at once; backward has only to scale (the idea of Liger Kernel's fused
-linear cross entropy, Hsu et al. 2024).
+With V = 50,257 the logits are most of a small model's memory. Here each chunk's logits become probabilities and these the
+gradient of the logits, in the same place, and that is multiplied out at once; backward has only to scale (the idea of Liger
+Kernel's fused linear cross entropy, Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2cli.product import onednn, suits_onednn
+
+ROWS_IN_CACHE = 16  # of V logits in fp32: 3 MB with GPT-2's vocabulary
+VOCABULARY_AT_ONCE = 8192  # rows of the weight's gradient; 2,048 to 16,384 were as fast
 
 
 def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
@@ -43,7 +46,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         w = F.pad(weight.to(dtype), (0, 0, 0, more)) if more else weight.to(dtype)  # (V, C), V with what is padded
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)  # (N, C)
-        grad_w: Tensor | None = None  # (V, C)
+        grad_w = weight.new_empty(len(w), x.shape[1]) if need_grad else None  # (V, C)
         fast = suits_onednn(x, w)
         size = rows_at_once(x.device.type, dtype)
         for start in range(0, len(x), size):
@@ -52,24 +55,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
             logits = onednn(a, w) if fast else a @ w.T  # (n, V)
             if more:
                 logits[:, -more:] = -torch.inf  # of no probability, and so without a gradient
-            top = logits.amax(dim=1, keepdim=True).float()  # (n, 1)
-            expected = logits.gather(1, target).float()  # (n, 1)
-            p = probabilities(logits)  # (n, V), where the logits were if they are fp32
-            del logits
-            # The log of the sum of exponentials, from the likeliest id's, since the target's probability may vanish.
-            lse = top - p.amax(dim=1, keepdim=True).log()  # (n, 1)
-            total += (lse - expected).sum()
-            if need_grad:
-                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                grad = p.to(dtype)  # of the logits, but for the mean's 1 / N
-                grad_x[start : start + size] = onednn(grad, w.t()) if fast else grad @ w
-                if grad_w is None:
-                    grad_w = (grad.T @ a).to(weight.dtype)
-                elif grad_w.dtype == dtype:
-                    grad_w.addmm_(grad.T, a)
-                else:
-                    grad_w += grad.T @ a
-            del p  # before the next one
+            total += into_gradient(logits, target, need_grad)
+            if grad_w is not None:
+                grad_x[start : start + size] = onednn(logits, w.t()) if fast else logits @ w
+                add_product(grad_w, logits.T, a, first=start == 0)
+            del logits  # before the next ones
         ctx.gradients = grad_x, grad_w if grad_w is None else grad_w[: len(weight)]
         return total / len(x)
 
@@ -81,8 +71,59 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(scale), grad_w.mul_(scale), None, None, None
 
 
+def into_gradient(logits: Tensor, target: Tensor, need_grad: bool) -> Tensor:
+    """The sum of the cross entropies of logits (n, V) and targets (n, 1), with the softmax in fp32; where the logits were is
+    then their gradient, but for the mean's 1 / N, or nothing of use where none is needed."""
+    # On a CPU a few rows at a time, which stay in its caches until the last of this is done to them.
+    rows = ROWS_IN_CACHE if logits.device.type == "cpu" and not torch.compiler.is_compiling() else len(logits)
+    total = torch.zeros((), device=logits.device)
+    for part, ids in zip(logits.split(rows), target.split(rows), strict=True):
+        top = part.amax(dim=1, keepdim=True).float()  # (n, 1)
+        expected = part.gather(1, ids).float()  # (n, 1)
+        p = probabilities(part)  # (n, V)
+        # The log of the sum of exponentials, from the likeliest id's, since the target's probability may vanish.
+        lse = top - p.amax(dim=1, keepdim=True).log()  # (n, 1)
+        total += (lse - expected).sum()
+        if need_grad:
+            p.scatter_add_(1, ids, p.new_full(ids.shape, -1.0))
+            if p is not part:
+                part.copy_(p)
+    return total
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`total += a @ b`, or `total = a @ b` the first time, of (V, n) and (n, C), which may be of lower precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+        return
+    # On a CPU a few rows at a time: their product is in its caches when it is added, and nowhere else.
+    rows = VOCABULARY_AT_ONCE if total.device.type == "cpu" else len(total)
+    for part, factor in zip(total.split(rows), a.split(rows), strict=True):
+        if first:
+            part.copy_(factor @ b)
+        else:
+            part += factor @ b
+
+
 def probabilities(logits: Tensor) -> Tensor:
     """Softmax of each row (n, V) in fp32, on a CPU and CUDA in place where the logits are that already."""
     if logits.dtype != torch.float32 or logits.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return logits.softmax(dim=1, dtype=torch.float32)
     return torch.softmax(logits, dim=1, out=logits)
+
+
+def tied(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A tied embedding (V, C) twice: to look ids up in, with a sparse gradient of these few rows, and as the output layer's
+    weight, with a dense one. Its gradient is the former added to the latter, in place, where autograd would make a third."""
+    return _Tied.apply(weight)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        rows, dense = grad_outputs
+        return dense.add_(rows)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2cli.config import GPTConfig
 from gpt2cli.errors import UserError
-from gpt2cli.loss import linear_cross_entropy
+from gpt2cli.loss import linear_cross_entropy, tied
 from gpt2cli.product import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -148,25 +148,26 @@ class GPT(nn.Module):
         """Logits (B, T, V) of the next token after each of `idx` (B, T), and with `targets` (B, T) the mean cross entropy
         in nats, else None. With `loss_only` the logits are None and never exist as a whole, which is how training saves
         time and memory. Raises UserError where T is beyond `block_size`."""
-        # As an input the embedding has the gradient of a few rows, which is added to the dense one it has as the tied head's.
-        # On a CPU: on CUDA such a sum is another one each time, and torch's compiler knows no sparse gradients.
-        few = loss_only and self.config.tie_word_embeddings and idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = self.hidden(idx, sparse_gradient=few)  # (B, T, C)
         if loss_only and targets is not None:
-            return None, linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten())
+            # Not on CUDA, where a sum of sparse gradients is another one each time; and torch's compiler knows none.
+            tie = self.config.tie_word_embeddings and idx.device.type == "cpu" and not torch.compiler.is_compiling()
+            wte, head = tied(self.wte.weight) if tie else (None, self.head_weight)
+            x = self.hidden(idx, wte=wte)  # (B, T, C)
+            return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+        x = self.hidden(idx)  # (B, T, C)
         logits = self.head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None, *, sparse_gradient: bool = False) -> Tensor:
-        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. With `sparse_gradient`
-        the embedding's, as an input, holds only the rows of `idx`. Raises UserError where T is beyond `block_size`."""
+    def hidden(self, idx: Tensor, cache: Cache | None = None, *, wte: Tensor | None = None) -> Tensor:
+        """The last layer's output (B, T, C) for `idx` (B, T), which come after the tokens in `cache`. With `wte` (V, C) they
+        are looked up in it, and its gradient is sparse. Raises UserError where T is beyond `block_size`."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise UserError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
         pos = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)  # (T) or (B, 1)
-        embedded = F.embedding(idx, self.wte.weight, sparse=sparse_gradient)  # (B, T, C)
+        embedded = self.wte(idx) if wte is None else F.embedding(idx, wte, sparse=True)  # (B, T, C)
         x = self.drop(embedded + self.wpe(pos))  # (B, T, C)
         for block in self.h:
             keep = not (self.checkpointing and self.training)
@@ -193,10 +194,15 @@ class GPT(nn.Module):
         return cls.from_state(*huggingface.read(hub.find(str(name_or_folder))))
 
     @classmethod
+    def on_meta(cls, config: GPTConfig) -> GPT:
+        """A model without memory for its weights yet."""
+        with torch.device("meta"), _Unfilled():
+            return cls(config)
+
+    @classmethod
     def from_state(cls, config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
         """A model that holds `state`'s own tensors, in fp32."""
-        with torch.device("meta"), _Unfilled():
-            model = cls(config)
+        model = cls.on_meta(config)
         model.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
         return model
 

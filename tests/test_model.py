@@ -138,7 +138,9 @@ def test_the_fused_loss_without_gradients_and_the_model_without_logits():
     assert none is None and logits.shape == (3, 32, 97) and fused.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_bf16_autocast_is_near_fp32():
+def test_bf16_autocast_is_near_fp32(monkeypatch):
+    monkeypatch.setattr("gpt2cli.loss.rows_at_once", lambda device_type, dtype: 35)  # of 96
+    monkeypatch.setattr("gpt2cli.loss.VOCABULARY_AT_ONCE", 40)  # of 97
     model = make_model()
     ids = torch.randint(97, (3, 33))
     exact = model(ids[:, :-1], ids[:, 1:])[1]
@@ -147,8 +149,12 @@ def test_bf16_autocast_is_near_fp32():
         _, fused = model(ids[:, :-1], ids[:, 1:], loss_only=True)
     assert logits.dtype == torch.bfloat16
     assert plain.item() == pytest.approx(exact.item(), rel=0.01) and fused.item() == pytest.approx(plain.item(), rel=1e-3)
+    exact.backward()
+    expected = model.wte.weight.grad
+    model.zero_grad()
     fused.backward()
     assert model.wte.weight.grad.dtype == torch.float32
+    assert (model.wte.weight.grad - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -168,7 +174,9 @@ def test_the_embeddings_gradient_as_an_input_is_sparse_only_where_a_dense_one_is
     made = []
     embedding = torch.nn.functional.embedding
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.nn.functional.embedding", lambda *a, **k: (made.append(k.get("sparse")), embedding(*a, **k))[1])
+        patch.setattr(
+            "torch.nn.functional.embedding", lambda *a, **k: (made.append(bool(k.get("sparse"))), embedding(*a, **k))[1]
+        )
         model(ids[:, :-1], ids[:, 1:], loss_only=True)
     assert made[0] is tied
 
