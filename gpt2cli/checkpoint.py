@@ -34,11 +34,11 @@ from gpt2cli.formats import hub, huggingface
 from gpt2cli.formats.weights import shapes, write_safetensors
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT
+from gpt2cli.optim import Optimizer
 from gpt2cli.tokenizer import Encoding
 
-Optimizers = Sequence[torch.optim.Optimizer]
+Optimizers = Sequence[Optimizer]
 KEEP = 2  # newest checkpoints; the best is kept beside them
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's keeps of a parameter
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -84,7 +84,7 @@ def snapshot(
     return Snapshot(replace(progress), model.config, weights, training, encoding)
 
 
-def _owners(optimizers: Optimizers) -> dict[Tensor, torch.optim.Optimizer]:
+def _owners(optimizers: Optimizers) -> dict[Tensor, Optimizer]:
     return {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -127,7 +127,7 @@ def restore(folder: Path, model: GPT, optimizers: Optimizers, guard: Guard, rank
     owner = _owners(optimizers)
     slots = {}  # of training.safetensors
     for name, parameter in model.named_parameters():
-        for short in getattr(owner[parameter], "state_names", ADAMW_STATE):
+        for short in owner[parameter].state_names:
             slots[f"optimizer.{short}.{name}"] = parameter, short
     read = ranks.first(lambda: _read_training(folder, slots, model, guard))
     progress = Progress(**json.loads(ranks.tell(lambda: json.dumps(asdict(read[0]) if read else {}))))

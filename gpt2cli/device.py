@@ -98,7 +98,8 @@ def set_up(seed: int, deterministic: bool = False) -> None:
     torch.set_float32_matmul_precision("high")
     if deterministic:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler for this, 150 MB of it
+        torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt2cli.config import GPTConfig, TrainConfig
 
-INTERPRETER = 450_000_000  # with torch and what it loads
+INTERPRETER = 340_000_000  # with torch and what it loads, but its compiler
 
 
 def resident() -> int:
@@ -67,8 +67,10 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
         block += rows * model.n_head * seq_len * seq_len * 3 * width
     activations = L * tokens * C * 4 + 2 * block if train.activation_checkpointing else L * block
     n = min(tokens, loss_rows)
-    # In low precision logits, their softmax in fp32 and its copy; a part of the gradient, and the weights in that dtype.
-    loss = n * V * (2 + 4 + 2) + V * C * 4 + 2 * N if low else n * V * 4
+    # Logits; in low precision the weights in that dtype, and on a GPU the logits' softmax in fp32 and a part of the gradient.
+    loss = n * V * width + (2 * N if low else 0)
+    if low and train.device != "cpu":
+        loss += n * V * 4 + V * C * 4
     dense = train.device != "cpu" or not model.tie_word_embeddings
     embedding = V * C * 4 if dense else 0  # its gradient as an input, beside that as an output
     need = 4 * held + activations + loss + embedding

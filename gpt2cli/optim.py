@@ -1,8 +1,9 @@
-"""The optimizer's parameter groups and the learning rate over time."""
+"""The optimizers, AdamW and Muon, their groups of parameters, and the learning rate over time."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 from gpt2cli.product import times
 
-BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020, appendix B)
+BETAS = (0.9, 0.95)  # AdamW's, as GPT-3 (Brown et al. 2020, appendix B)
+MOMENTUM = 0.95  # Muon's
 
 
-def make_optimizers(
-    model: GPT, name: str, weight_decay: float, dtype: str = "fp32", ranks: Ranks = ALONE
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, name: str, weight_decay: float, dtype: str = "fp32", ranks: Ranks = ALONE) -> list[Optimizer]:
     """`adamw` for all parameters; or `muon` for the matrices inside the blocks, and AdamW for the rest. Matrices decay,
     biases and LayerNorms do not. Muon multiplies in bf16 where `dtype`, that of the model's products, is bf16, and the device
     has it. The learning rate is set at each step, see `planned_lr`."""
@@ -32,17 +32,68 @@ def make_optimizers(
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)]
+    optimizers: list[Optimizer] = [AdamW(groups)]
     if hidden:
         qkv = [p for n, p in hidden.items() if n.endswith("attn.c_attn.weight")]
         whole = [p for n, p in hidden.items() if not n.endswith("attn.c_attn.weight")]
         # q, k and v are three matrices that happen to be stored as one.
-        muon_groups = [{"params": qkv, "parts": 3}, {"params": whole, "parts": 1}]
-        optimizers.append(Muon(muon_groups, ranks, dtype, weight_decay=weight_decay))
+        stored = ((qkv, 3), (whole, 1))
+        muon_groups = [{"params": params, "parts": parts, "weight_decay": weight_decay} for params, parts in stored]
+        optimizers.append(Muon(muon_groups, ranks, dtype))
     return optimizers
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Groups of parameters, and what is kept of each, in the shape that torch's own optimizers have. These load torch's
+    compiler when they are made, which is 1.2 s and 150 MB of what an eager run has no use for."""
+
+    state_names: tuple[str, ...]  # what it keeps of a parameter
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.param_groups = groups  # each with its "params", "weight_decay", and from the first step on "lr"
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        self.found_inf: Tensor | None = None  # where it is 1, a step leaves everything as it is
+
+    def step(self) -> None:
+        """One update by the parameters' gradients."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Loshchilov and Hutter 2017, by torch's fused kernel: `torch.optim.AdamW(..., fused=True)`, bit for bit."""
+
+    state_names = ("step", "exp_avg", "exp_avg_sq")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": local_part(p).new_zeros(()), **moments}
+            steps = [self.state[p]["step"] for p in group["params"]]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [local_part(p) for p in group["params"]],
+                [local_part(p.grad) for p in group["params"]],
+                [local_part(self.state[p]["exp_avg"]) for p in group["params"]],
+                [local_part(self.state[p]["exp_avg_sq"]) for p in group["params"]],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                found_inf=self.found_inf,
+            )
+            if self.found_inf is not None:
+                torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+
+
+class Muon(Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices (out, in). The update is scaled to the size AdamW's
     typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
     both.
@@ -52,25 +103,16 @@ class Muon(torch.optim.Optimizer):
     gathered for it, so that never more than `world_size` matrices are whole in a rank's memory.
     """
 
-    state_names = ("momentum",)  # what it keeps of a parameter
+    state_names = ("momentum",)
 
-    def __init__(
-        self,
-        params: Any,
-        ranks: Ranks = ALONE,
-        dtype: str = "fp32",
-        *,
-        lr: float = 0.0,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks = ALONE, dtype: str = "fp32") -> None:
+        """In a group each tensor is "parts" matrices, one below the other."""
+        super().__init__(groups)
         self.ranks = ranks
         self.dtype = DTYPES[dtype if dtype != "fp16" else "fp32"]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever given
-        """One update; where `self.found_inf` is a tensor that is not 0, none, as torch's fused optimizers have it."""
+    def step(self) -> None:
         for group in self.param_groups:
             shapes = dict.fromkeys(p.shape for p in group["params"])
             for same in ([p for p in group["params"] if p.shape == shape] for shape in shapes):
@@ -79,15 +121,14 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Of up to `world_size` matrices of one shape."""
-        skip = getattr(self, "found_inf", None)
         momenta, mine = [], params[0]
         for rank, p in enumerate(params):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p, requires_grad=False)
             assert p.grad is not None
-            momenta.append(state["momentum"].lerp(p.grad, 1 - group["momentum"]))
-            update = gathered(p.grad.lerp(momenta[-1], group["momentum"]))  # Nesterov; (out, in)
+            momenta.append(state["momentum"].lerp(p.grad, 1 - MOMENTUM))
+            update = gathered(p.grad.lerp(momenta[-1], MOMENTUM))  # Nesterov; (out, in)
             if rank <= self.ranks.rank:  # where there are fewer than ranks, the last ones do the same
                 mine = update
         dtype = self.dtype if has_bf16(mine.device) else torch.float32
@@ -98,7 +139,7 @@ class Muon(torch.optim.Optimizer):
             new = weight.mul(1 - group["lr"] * group["weight_decay"])
             new.add_(part_of(update.to(p.dtype), p), alpha=-group["lr"] * scale)
             for old, value in ((local_part(self.state[p]["momentum"]), local_part(momentum)), (weight, new)):
-                old.copy_(value if skip is None else torch.where(skip > 0, old, value))
+                old.copy_(value if self.found_inf is None else torch.where(self.found_inf > 0, old, value))
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,6 +14,7 @@ from gpt2cli.config import GPTConfig
 from gpt2cli.distributed import ALONE, Ranks, accumulating, is_spread, local_part, put_away, replicate, shard
 from gpt2cli.guard import Guard
 from gpt2cli.model import GPT, MLP, CausalSelfAttention
+from gpt2cli.optim import Optimizer
 
 Batch = tuple[Tensor, Tensor]  # x, y, each (B, T)
 Precision = Callable[[], AbstractContextManager[object]]
@@ -30,8 +31,7 @@ def build(
     ranks: Ranks = ALONE,
 ) -> tuple[GPT, nn.Module]:
     """A GPT on a device, its memory not filled yet, and what to call in training: that GPT, or DDP around it."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT.on_meta(config)
     model.checkpointing = activation_checkpointing
     spread = parallel == "fsdp" and ranks.is_group
     # What has the large matrices and nothing else; LayerNorms and embeddings stay with the whole.
@@ -41,13 +41,17 @@ def build(
             part.compile()
     if spread:
         shard(model, parts, where, dtype)
-    model.to_empty(device=where)
-    return model, model if spread else replicate(model, ranks)
+        model.to_empty(device=where)
+        return model, model
+    # What `to_empty` does, without the part of torch's compiler that it loads.
+    memory = {name: torch.empty(p.shape, dtype=p.dtype, device=where) for name, p in model.named_parameters()}
+    model.load_state_dict(memory, assign=True)
+    return model, replicate(model, ranks)
 
 
 def train_step(
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     batches: Sequence[Batch],
     *,
     lr: float,
@@ -75,13 +79,13 @@ def train_step(
             scaler.scale(loss * (share * ranks.world_size)).backward()
         total += loss.detach() * share
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]  # it reads the groups alone
     total, grad_norm = clip(model.parameters(), grad_clip, total, ranks)
     skip = guard.judge(total, grad_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.found_inf = skip  # type: ignore[attr-defined]  # where it is 1, step() leaves everything as it is
+        optimizer.found_inf = skip
         optimizer.step()
     scaler.update()
     model.zero_grad(set_to_none=True)

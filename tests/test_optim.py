@@ -40,6 +40,28 @@ def test_matrices_decay_and_the_rest_does_not():
     }
 
 
+def test_adamw_is_torchs_bit_for_bit():
+    ours, theirs = make_model(), make_model()
+    (adamw,) = make_optimizers(ours, "adamw", 0.1)
+    groups = [{**group, "params": []} for group in adamw.param_groups]
+    for group, same in zip(groups, adamw.param_groups, strict=True):
+        names = {p: name for name, p in ours.named_parameters()}
+        group["params"] = [theirs.get_parameter(names[p]) for p in same["params"]]
+    torchs = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for step in range(6):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = torch.randn_like(p)
+            p.grad = q.grad.clone()
+        for optimizer in (adamw, torchs):
+            optimizer.found_inf = torch.tensor(float(step == 3))  # that one is refused
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q) and adamw.state[p]["step"] == 5
+        assert all(torch.equal(adamw.state[p][name], torchs.state[q][name]) for name in adamw.state_names)
+
+
 def test_muon_has_the_blocks_matrices_and_adamw_everything_else():
     model = make_model(tie_word_embeddings=False)
     names = {p: name for name, p in model.named_parameters()}
@@ -84,6 +106,7 @@ def test_muon_treats_q_k_and_v_as_matrices_of_their_own():
     joined.grad = torch.randn(12, 4)
     for part, grad in zip(parts, joined.grad.split(4), strict=True):
         part.grad = grad.clone()
-    Muon([{"params": [joined], "parts": 3}], lr=0.1).step()
-    Muon(parts, lr=0.1).step()
+    more = {"lr": 0.1, "weight_decay": 0.1}
+    Muon([{"params": [joined], "parts": 3, **more}]).step()
+    Muon([{"params": parts, "parts": 1, **more}]).step()
     assert torch.allclose(joined, torch.cat(parts), atol=1e-6)

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,22 @@ def test_gradients_are_clipped_to_the_norm_asked():
     _, norm = train_step(model, [sgd], [(ids[:, :-1], ids[:, 1:])], lr=1.0, grad_clip=0.01)
     moved = math.sqrt(sum((p.detach() - before[name]).square().sum().item() for name, p in model.named_parameters()))
     assert norm.item() > 0.01 and moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_eager_run_does_without_torchs_compiler(text_file, optimizer):
+    """Which takes a second to load, and 150 MB."""
+    options = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 32 --tokens-per-step 64 --steps 2 --device cpu --compile off"
+    program = f"""
+import sys
+from gpt2cli.__main__ import main
+sys.argv = ["gpt2", *"train {text_file} --out run --optimizer {optimizer} {options}".split()]
+try:
+    main()
+finally:
+    print([name for name in ("torch._dynamo", "torch._inductor", "sympy", "transformers") if name in sys.modules])
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).splitlines() == ["run", "[]"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
