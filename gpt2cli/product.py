@@ -62,10 +62,11 @@ def few_rows(rows: int) -> bool:
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of (n, m, k) and (n, k, l), without gradients, by whoever multiplies faster."""
-    if not suits_onednn(a[0], b[0]):
-        return a @ b
-    products = [onednn(left, right.t()) for left, right in zip(a, b, strict=True)]
-    return torch.stack(products) if len(products) > 1 else products[0][None]
+    if suits_onednn(a[0], b[0]):
+        products = [onednn(left, right.t()) for left, right in zip(a, b, strict=True)]
+        return torch.stack(products) if len(products) > 1 else products[0][None]
+    # A single one by `mm`, which takes a transposed factor as it is, where `bmm` copies it.
+    return a @ b if len(a) > 1 else (a[0] @ b[0])[None]
 
 
 class _OneDNNLinear(torch.autograd.Function):
