@@ -120,26 +120,27 @@ class Muon(Optimizer):
                     self._update(same[start : start + self.ranks.world_size], group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Of up to `world_size` matrices of one shape."""
-        momenta, mine = [], params[0]
+        """Of up to `world_size` matrices of one shape, in the memory of their gradients."""
+        mine = params[0]
         for rank, p in enumerate(params):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p, requires_grad=False)
-            assert p.grad is not None
-            momenta.append(state["momentum"].lerp(p.grad, 1 - MOMENTUM))
-            update = gathered(p.grad.lerp(momenta[-1], MOMENTUM))  # Nesterov; (out, in)
+            momentum, grad = local_part(state["momentum"]), local_part(p.grad)
+            if self.found_inf is not None:  # a gradient that is the momentum leaves that as it is
+                torch.where(self.found_inf > 0, momentum, grad, out=grad)
+            momentum.lerp_(grad, 1 - MOMENTUM)
+            grad.lerp_(momentum, MOMENTUM)  # Nesterov's
+            update = gathered(p.grad)  # (out, in)
             if rank <= self.ranks.rank:  # where there are fewer than ranks, the last ones do the same
                 mine = update
         dtype = self.dtype if has_bf16(mine.device) else torch.float32
         mine = orthogonalize(mine.unflatten(0, (group["parts"], -1)), dtype).flatten(0, 1)
-        for p, momentum, update in zip(params, momenta, self.ranks.gather(mine), strict=False):
+        apply = 1 if self.found_inf is None else 1 - self.found_inf
+        for p, update in zip(params, self.ranks.gather(mine), strict=False):
             scale = 0.2 * math.sqrt(max(p.shape[0] // group["parts"], p.shape[1]))
-            weight = local_part(p)
-            new = weight.mul(1 - group["lr"] * group["weight_decay"])
-            new.add_(part_of(update.to(p.dtype), p), alpha=-group["lr"] * scale)
-            for old, value in ((local_part(self.state[p]["momentum"]), local_part(momentum)), (weight, new)):
-                old.copy_(value if self.found_inf is None else torch.where(self.found_inf > 0, old, value))
+            weight = local_part(p).mul_(1 - apply * group["lr"] * group["weight_decay"])
+            weight.sub_(part_of(update.to(p.dtype), p) * (apply * group["lr"] * scale))
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
