@@ -123,6 +123,7 @@ class Muon(Optimizer):
         """Of up to `world_size` matrices of one shape, in the memory of their gradients."""
         mine = params[0]
         for rank, p in enumerate(params):
+            assert p.grad is not None
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p, requires_grad=False)
