@@ -98,8 +98,7 @@ def set_up(seed: int, deterministic: bool = False) -> None:
     torch.set_float32_matmul_precision("high")
     if deterministic:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow, and nothing reads such memory
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # torch imports its compiler for this, 150 MB of it
-        torch.use_deterministic_algorithms(deterministic)
+    set_deterministic(deterministic)
     keep_freed_memory()
 
 
@@ -108,11 +107,16 @@ def in_any_order() -> Iterator[None]:
     """For what training does not depend on: sampling needs sums of which CUDA has no deterministic kernel, and where those
     are asked for, torch refuses."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
+    set_deterministic(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        set_deterministic(before)
+
+
+def set_deterministic(on: bool) -> None:
+    if on != torch.are_deterministic_algorithms_enabled():  # torch loads its compiler for this
+        torch.use_deterministic_algorithms(on)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """The output layer and its cross entropy in one, in chunks of rows: the logits of a whole batch never exist.
 
-With V = 50,257 the logits are most of a small model's memory. Here each chunk's logits become probabilities and these the
-gradient of the logits, in the same place, and that is multiplied out at once; backward has only to scale (the idea of Liger
+With V = 50,257 the logits are most of a small model's memory. Here each chunk's logits become probabilities, these the
+gradient of the logits, where they were, and that is multiplied out at once; backward has only to scale (the idea of Liger
 Kernel's fused linear cross entropy, Hsu et al. 2024).
 """
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gpt2cli.config import GPTConfig, TrainConfig
 
-INTERPRETER = 340_000_000  # with torch and what it loads, but its compiler
+INTERPRETER = 340_000_000  # with torch and what it loads, but its compiler:
+COMPILER = 150_000_000
 
 
 def resident() -> int:
@@ -70,10 +71,13 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     # Logits; in low precision the weights in that dtype, and on a GPU the logits' softmax in fp32 and a part of the gradient.
     loss = n * V * width + (2 * N if low else 0)
     if low and train.device != "cpu":
-        loss += n * V * 4 + V * C * 4
+        loss += n * V * 4 + V * C * 2
     dense = train.device != "cpu" or not model.tie_word_embeddings
     embedding = V * C * 4 if dense else 0  # its gradient as an input, beside that as an output
     need = 4 * held + activations + loss + embedding
     if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors
         need += INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
+        compiled = train.compile == "on"
+        if compiled or train.activation_checkpointing or train.deterministic or world_size > 1:  # all of which load it
+            need += COMPILER + (n * V * 4 if compiled else 0)
     return need

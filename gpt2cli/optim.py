@@ -55,7 +55,7 @@ class Optimizer:
         self.found_inf: Tensor | None = None  # where it is 1, a step leaves everything as it is
 
     def step(self) -> None:
-        """One update by the parameters' gradients."""
+        """One update by the parameters' gradients, which may hold something else afterwards."""
         raise NotImplementedError
 
 
@@ -67,17 +67,20 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
                 if not self.state[p]:
                     moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": local_part(p).new_zeros(()), **moments}
-            steps = [self.state[p]["step"] for p in group["params"]]
+            steps = [self.state[p]["step"] for p in params]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                [local_part(p) for p in group["params"]],
-                [local_part(p.grad) for p in group["params"]],
-                [local_part(self.state[p]["exp_avg"]) for p in group["params"]],
-                [local_part(self.state[p]["exp_avg_sq"]) for p in group["params"]],
+                [local_part(p) for p in params],
+                [local_part(p.grad) for p in params],
+                [local_part(self.state[p]["exp_avg"]) for p in params],
+                [local_part(self.state[p]["exp_avg_sq"]) for p in params],
                 [],
                 steps,
                 lr=group["lr"],

@@ -65,7 +65,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     if suits_onednn(a[0], b[0]):
         products = [onednn(left, right.t()) for left, right in zip(a, b, strict=True)]
         return torch.stack(products) if len(products) > 1 else products[0][None]
-    # A single one by `mm`, which takes a transposed factor as it is, where `bmm` copies it.
+    # A single one by `mm`, which takes a transposed factor as it is, where `bmm` copies it in bf16.
     return a @ b if len(a) > 1 else (a[0] @ b[0])[None]
 
 

@@ -161,6 +161,10 @@ def test_settings_come_from_a_toml_file_or_a_run_and_the_command_line_wins(gpt2,
     assert "124,439,808" in gpt2("train", "--config", run_folder / "run.json", "--preset", "gpt2", "--dry-run").err
     Path("config.toml").write_text("layers = 3\n")
     assert "unknown setting 'layers'" in gpt2("train", "--config", "config.toml").err
+    Path("config.toml").write_text("n-layer = true\n")
+    assert "n_layer is true; expected what --n-layer takes" in gpt2("train", "--config", "config.toml").err
+    Path("config.toml").write_text("deterministic = true\nn-layer = 3\n")
+    assert "3 layers" in gpt2("train", text_file, "--config", "config.toml", "--dry-run").err
 
 
 def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_run(gpt2, text_file):

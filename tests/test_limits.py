@@ -29,7 +29,9 @@ LIBRARIES = 110_000_000  # bytes of mapped files where `memory.INTERPRETER` was 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch's build for CUDA takes other memory, which was not measured")
-@pytest.mark.parametrize("more", [{}, {"optimizer": "adamw", "dtype": "bf16", "batch_size": 2}])
+@pytest.mark.parametrize(
+    "more", [{}, {"optimizer": "adamw", "dtype": "bf16", "batch_size": 2}, {"activation_checkpointing": True}]
+)
 def test_the_plan_predicts_the_peak_within_a_quarter(text_file, more):
     if more.get("dtype") == "bf16" and not device.has_bf16(CPU):
         pytest.skip("this CPU has no bf16 arithmetic")

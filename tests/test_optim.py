@@ -99,6 +99,28 @@ def test_orthogonalize_is_five_newton_schulz_steps_in_float64(monkeypatch, shape
     assert (orthogonalize(G.float()) - X).norm() < 1e-3 * X.norm()
 
 
+@pytest.mark.parametrize("refused", [None, 2])
+def test_muon_is_nesterovs_momentum_orthogonalized_at_the_size_of_adamws(refused):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 24))]
+    expected, momenta = [w.detach().clone() for w in weights], [torch.zeros_like(w) for w in weights]
+    muon = Muon([{"params": weights, "parts": 1, "weight_decay": 0.1}])
+    for step in range(4):
+        lr = muon.param_groups[0]["lr"] = 0.02 * (step + 1)
+        for n, w in enumerate(weights):
+            w.grad = torch.randn_like(w)
+            if step != refused:
+                momenta[n] = 0.95 * momenta[n] + 0.05 * w.grad
+                direction = orthogonalize((0.05 * w.grad + 0.95 * momenta[n])[None])[0]
+                expected[n] = expected[n] * (1 - lr * 0.1) - lr * 0.2 * math.sqrt(max(w.shape)) * direction
+            else:
+                w.grad[0, 0] = math.nan
+        muon.found_inf = None if refused is None else torch.tensor(float(step == refused))
+        muon.step()
+    for w, right in zip(weights, expected, strict=True):
+        torch.testing.assert_close(w.detach(), right, atol=1e-5, rtol=1e-5)
+
+
 def test_muon_treats_q_k_and_v_as_matrices_of_their_own():
     torch.manual_seed(0)
     joined = torch.nn.Parameter(torch.randn(12, 4))

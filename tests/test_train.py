@@ -144,7 +144,7 @@ def test_gradients_are_clipped_to_the_norm_asked():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_eager_run_does_without_torchs_compiler(text_file, optimizer):
     """Which takes a second to load, and 150 MB."""
-    options = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 32 --tokens-per-step 64 --steps 2 --device cpu --compile off"
+    options = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 32 --tokens-per-step 64 --steps 2 --sample-every 1 --device cpu"
     program = f"""
 import sys
 from gpt2cli.__main__ import main

@@ -80,6 +80,10 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             data = {str(from_home(p)): w for p, w in data.items()} if isinstance(data, dict) else str(from_home(data))
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"--config {path}: neither a .toml file nor the run.json of a run") from None
+    flags = {parameter.name for parameter in context.command.params if getattr(parameter, "is_flag", False)}
+    for name, value in values.items():
+        if isinstance(value, bool) and name in options - flags:  # which would be taken for a 1 or a 0
+            raise UserError(f"--config {path}: {name} is {str(value).lower()}; expected what --{name.replace('_', '-')} takes")
     context.default_map = {name: value for name, value in values.items() if name in options and value is not None}
     if data is not None:
         mixture = [f"{p}={w}" for p, w in data.items()] if isinstance(data, dict) else data
