@@ -480,3 +480,16 @@ def test_plain_text_is_shown_with_the_ids_of_its_shards(gpt2, monkeypatch):
     assert [50256, *(int(line.split("\t")[0]) for line in shown)] == ids
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"from a pipe")))
     assert gpt2("tokenize", "-").out == "stdin-tokens\n"
+
+
+def test_the_time_left_is_by_what_was_done_here_and_not_before(monkeypatch, capsys):
+    from gpt2cli.commands import console
+
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    bars = console.Bars()
+    bars.tokenized("reading", 900, 1000)
+    clock[0] = 50.0
+    bars.tokenized("reading", 950, 1000)
+    err = capsys.readouterr().err
+    assert "900 bytes of it done before" in err and "1 bytes a second, 0:50 left" in err

@@ -70,6 +70,7 @@ class Bars:
         self._progress = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
         self._tasks: dict[str, TaskID] = {}
         self._told = self._began = 0.0
+        self._before = 0  # bytes, done when the newest thing began
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -88,11 +89,12 @@ class Bars:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total or None)
             self._told = self._began = time.monotonic()
+            self._before = done
             if not stderr.is_terminal:
                 note(f"{what} ({size(total)}{f', {size(done)} of it done before' if done else ''})" if total else what)
         elif not stderr.is_terminal and time.monotonic() > self._told + LINE_SECONDS:
             self._told = time.monotonic()
-            rate = max(1.0, done / (self._told - self._began))
+            rate = max(1.0, (done - self._before) / (self._told - self._began))
             left = seconds((total - done) / rate)
             note(f"{what}: {size(done)} of {size(total)}, {size(rate)} a second, {left} left")
         self._progress.update(self._tasks[what], completed=done, total=total or None)
