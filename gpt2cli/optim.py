@@ -18,6 +18,12 @@ from gpt2cli.product import times
 
 BETAS = (0.9, 0.95)  # AdamW's, as GPT-3 (Brown et al. 2020, appendix B)
 MOMENTUM = 0.95  # Muon's
+COEFFICIENTS = (  # a, b, c of a Newton-Schulz step a X + b A X + c A^2 X, A = X X^T
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 
 
 def make_optimizers(model: GPT, name: str, weight_decay: float, dtype: str = "fp32", ranks: Ranks = ALONE) -> list[Optimizer]:
@@ -148,32 +154,37 @@ class Muon(Optimizer):
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About the nearest matrix with singular values of one, to each of (n, out, in): five Newton-Schulz steps with
-    Jordan's coefficients, which leave them between 0.7 and 1.2. It is computed and returned in `dtype`."""
+    """About the nearest matrix with singular values of one, to each of (n, out, in): Newton-Schulz steps with the coefficients
+    of Amsel et al. 2025 ("The Polar Express"), which leave them below 1.16, and the larger ones above 0.97. The first of their
+    five is replaced by a scaling of the rows (Boissin et al. 2025, "Turbo-Muon"). It is computed and returned in `dtype`."""
     X = G.to(dtype) if G.shape[1] <= G.shape[2] else G.to(dtype).mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    A = times(X, X.mT)
+    scale = A.abs().sum(dim=2, keepdim=True).clamp(min=1e-12).rsqrt()  # with it no singular value is above one
+    X, A = X * scale, A * scale * scale.mT
     if dtype == torch.float32 and X.device.type == "cpu" and X.shape[2] >= 2 * X.shape[1]:
-        X = _by_gram(X)
+        X = _by_gram(X, A)
     else:
-        for _ in range(5):
-            X = times(_polynomial(times(X, X.mT)), X).add_(X, alpha=3.4445)
+        for n, (a, b, c) in enumerate(COEFFICIENTS):
+            A = times(X, X.mT) if n else A
+            X = times(_polynomial(A, b, c), X).add_(X, alpha=a)
     return X if G.shape[1] <= G.shape[2] else X.mT
 
 
-def _polynomial(A: Tensor) -> Tensor:
-    """-4.7750 A + 2.0315 A^2, of symmetric (n, m, m). A step has 3.4445 I beside it, which 16 bits would not hold as well."""
-    return times(A, A).mul_(2.0315).sub_(A, alpha=4.7750)
+def _polynomial(A: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A^2, of symmetric (n, m, m). A step has a I beside it, which 16 bits would not hold as well."""
+    return times(A, A).mul_(c).add_(A, alpha=b)
 
 
-def _by_gram(X: Tensor) -> Tensor:
-    """The five steps on wide matrices (n, m, k), by the small A = X X^T alone: a step makes P X of X, so P A P of A, and X is
-    multiplied once, by all five P. Half the work where k = 4 m; in fp32 it is exact to 1e-4, in TF32 it would not be."""
-    A, product = times(X, X.mT), None
-    for step in range(5):
-        P = _polynomial(A)
-        P.diagonal(dim1=1, dim2=2).add_(3.4445)
+def _by_gram(X: Tensor, A: Tensor) -> Tensor:
+    """The steps on wide matrices (n, m, k), by the small A = X X^T alone: a step makes P X of X, so P A P of A, and X is
+    multiplied once, by all the P. Half the work where k = 4 m; in fp32 it is exact to 1e-4, in TF32 it would not be."""
+    product = None
+    for n, (a, b, c) in enumerate(COEFFICIENTS):
+        P = _polynomial(A, b, c)
+        P.diagonal(dim1=1, dim2=2).add_(a)
         product = P if product is None else times(P, product)
-        if step < 4:
+        if n < len(COEFFICIENTS) - 1:
             A = times(times(P, A), P)
     assert product is not None
     return times(product, X)
