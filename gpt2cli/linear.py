@@ -42,7 +42,7 @@ def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     weight = model.wpe.weight
     if quantize is None and not (weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()):
         return model
-    few = few_for(model, rows)  # found out now, not when tokens are awaited
+    few = few_for(model, rows, int8=quantize is not None)  # found out now, not when tokens are awaited
     if quantize is None and few:
         return model  # whose weights are read as they are
     make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, rows)
@@ -54,9 +54,9 @@ def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     return model
 
 
-def few_for(model: GPT, rows: int) -> ModuleType | None:
-    """`few`, where its kernels do what `model` does, and are of use."""
-    few = _few() if few_rows(rows) else None
+def few_for(model: GPT, rows: int, int8: bool = False) -> ModuleType | None:
+    """`few`, where its kernels do what `model` does, and are of use. `int8` if that is what its layers are going to be."""
+    few = _few() if few_rows(rows, int8 or isinstance(vars(model).get("head"), Int8Linear)) else None
     return few if few and few.suits(model) else None
 
 

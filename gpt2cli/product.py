@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGE = 1 << 17  # weights; with fewer a call of oneDNN takes longer than it saves
-FEW = 4  # rows up to which the kernels of `few` are faster than a library's
+FEW, FEW_INT8 = 4, 8  # rows up to which the kernels of `few` are faster than a library's, with fp32 weights and with int8
 
 
 class Linear(nn.Linear):
@@ -54,10 +54,10 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def few_rows(rows: int) -> bool:
+def few_rows(rows: int, int8: bool) -> bool:
     """Whether so many rows of one token each are for the kernels of `few`, whose compiler is there. They were tried on Linux
     only."""
-    return rows <= FEW and sys.platform == "linux" and find_spec("numba") is not None
+    return rows <= (FEW_INT8 if int8 else FEW) and sys.platform == "linux" and find_spec("numba") is not None
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ OTHERS = {
 def test_for_whom_they_are():
     assert few_for(make_model(), 4) is few and few_for(prepare(make_model(), "int8"), 1) is few
     assert few_for(make_model(), 5) is None
+    assert few_for(prepare(make_model(), "int8"), 8) is few and few_for(prepare(make_model(), "int8"), 9) is None
     assert few_for(make_model(dropout=0.1).train(), 1) is None and few_for(make_model(dropout=0.1).eval(), 1) is few
     with torch.autocast("cpu", torch.bfloat16):
         assert few_for(make_model(), 1) is None

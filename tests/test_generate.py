@@ -97,7 +97,7 @@ class HereToo(Graphs):
 def all_ways(request, monkeypatch):
     """As on a CPU, with numba and without, and as on a GPU."""
     if request.param == "torch alone":
-        monkeypatch.setattr(sys.modules["gpt2cli.linear"], "few_rows", lambda rows: False)
+        monkeypatch.setattr(sys.modules["gpt2cli.linear"], "few_rows", lambda rows, int8: False)
     elif request.param == "numba's kernels":
         pytest.importorskip("numba", reason="numba is not installed: pip install numba")
     else:
