@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange
-from numba.core import cgutils, types
+from numba.core import cgutils, entrypoints, types
 from numba.extending import intrinsic
 from numba.np.ufunc import omppool  # type: ignore[attr-defined]  # noqa: F401  # its threads, without which nothing is gained
 from torch import Tensor, nn
@@ -213,11 +213,22 @@ def _attend(qkv, k_held, v_held, at, scale, y, threads):  # type: ignore[no-unty
 def try_out() -> None:
     """Have numba make all kernels, or find what it made before; raises what it likes where it cannot."""
     x, y, numbers, n = np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32), np.ones(2, np.float32), 1
-    with _threads(n):
+    with _threads(n), _undisturbed():
         for weight in (np.ones((2, 2), np.float32), np.ones((2, 2), np.int8)):
             _linear(x, numbers, numbers, 1e-5, weight, numbers, numbers, GELU, True, y, n)
         held = np.zeros((1, 1, 2, 2), np.float32)
         _attend(np.ones((1, 6), np.float32), held, held.copy(), np.zeros(1, np.int64), np.float32(1), y, n)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without what other packages would add to numba: awkward, which gigatoken brings, is loaded for that for 0.2 s."""
+    before = getattr(entrypoints, "_already_initialized", True)
+    entrypoints._already_initialized = True
+    try:
+        yield
+    finally:
+        entrypoints._already_initialized = before
 
 
 def suits(model: GPT) -> bool:
