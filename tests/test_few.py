@@ -32,7 +32,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5]])
+@pytest.mark.parametrize("lengths", [[5], [7, 1, 30], [2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]])
 def test_a_step_is_the_models(lengths):
     assert steps_apart(few.Few, make_model(), lengths, steps=2) < 1e-5
 
@@ -67,8 +67,8 @@ def test_how_many_threads_there_are_changes_no_bit(monkeypatch):
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         try:
-            cache = KVCache(model.config, 2, 8, model.wpe.weight)
-            few.Few(model, cache).step(torch.tensor([3, 5]), logits := torch.zeros(2, 97))
+            cache = KVCache(model.config, 5, 8, model.wpe.weight)
+            few.Few(model, cache).step(torch.tensor([3, 5, 0, 9, 7]), logits := torch.zeros(5, 97))
         finally:
             torch.set_num_threads(before)
         found.append((logits, cache.k, cache.v))
