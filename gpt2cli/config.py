@@ -172,6 +172,9 @@ class TrainConfig:
                 raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
         if self.lr is not None and self.lr >= 1:
             raise UserError(f"lr is {self.lr}, with which nothing can be learned: expected about 1e-3")
+        for name in ("steps", "epochs"):
+            if (getattr(self, name) or 0) > 1e12:
+                raise UserError(f"{name} must be at most 10^12, but is {getattr(self, name)}")
         for name in ("lr", "epochs", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -292,6 +292,7 @@ class Job:
 
         def texts() -> Iterator[str]:
             size = 0
+            self.progress("training the vocabulary", size, self.seen.size)
             for n, (piece, held_out) in enumerate(self._pieces(State(self.key))):
                 size += piece.bytes
                 self.progress("training the vocabulary", size, self.seen.size)

@@ -28,6 +28,7 @@ from gpt2cli.product import few_rows, has_onednn, onednn
 # first allocates. Training gains nothing by it, and would need a tenth more memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+MANY = 1024  # rows from which on the best layout of the weights stays the same
 FEW = 64  # rows up to which the int8 product is faster than one with fp32 weights made of them
 
 
@@ -45,7 +46,7 @@ def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     few = few_for(model, rows, int8=quantize is not None)  # found out now, not when tokens are awaited
     if quantize is None and few:
         return model  # whose weights are read as they are
-    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, rows)
+    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, min(rows, MANY))
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != "lm_head":

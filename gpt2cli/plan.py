@@ -329,5 +329,6 @@ def _check_room(plan: Plan) -> list[str]:
     processes = plan.world_size if plan.device.type != "cuda" else 1
     total, needed = device.memory_total(plan.device), plan.memory * processes
     if total and needed > total:
-        notes.append(f"about {size(needed)} of memory needed, {size(total)} there: lower --batch-size")
+        lower = "--batch-size" if plan.batch_size > 1 else "--seq-len, or choose a smaller model"
+        notes.append(f"about {size(needed)} of memory needed, {size(total)} there: lower {lower}")
     return notes

@@ -14,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.cache import KVCache, Masked, Prompts
 from gpt2cli.config import SamplingConfig
+from gpt2cli.device import memory_total
+from gpt2cli.errors import UserError
+from gpt2cli.errors import size as in_bytes
 from gpt2cli.model import GPT, Cache
 from gpt2cli.sampling import choose, penalize
 
@@ -83,6 +86,14 @@ class Rows:
         self.rows: list[Row] = []
         like = model.wpe.weight
         longest = max(map(len, prompts), default=0) + config.max_new_tokens
+        shape = model.config
+        numbers = 2 * shape.vocab_size + 2 * shape.n_layer * shape.n_embd * min(shape.block_size, longest)  # of a row
+        needed, there = size * numbers * like.itemsize, memory_total(like.device)
+        if 0 < there < needed:
+            raise UserError(
+                f"{size:,} rows at a time need {in_bytes(needed)} of memory, {in_bytes(there)} are there: "
+                "lower --num-samples or --batch-size"
+            )
         self.cache = KVCache(model.config, size, min(model.config.block_size, longest), like)
         self.logits = like.new_zeros(size, model.config.vocab_size)  # of each row's next token
         self.seen = like.new_zeros(self.logits.shape, dtype=torch.bool) if config.repetition_penalty != 1 else None

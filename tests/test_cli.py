@@ -493,3 +493,13 @@ def test_the_time_left_is_by_what_was_done_here_and_not_before(monkeypatch, caps
     bars.tokenized("reading", 950, 1000)
     err = capsys.readouterr().err
     assert "900 bytes of it done before" in err and "1 bytes a second, 0:50 left" in err
+
+
+def test_more_than_the_memory_holds_is_refused_before_it_is_tried(gpt2, text_file, run_folder, monkeypatch):
+    monkeypatch.setattr("gpt2cli.memory.total", lambda: 10**9)
+    done = gpt2("sample", run_folder, "--prompt", "a", "--num-samples", 5000)
+    assert done.code == 1 and "5,000 rows at a time need 2.1 GB" in done.err and "lower --num-samples" in done.err
+    done = gpt2("train", text_file, *QUICK, "--nproc", 3)
+    assert done.code == 1 and "takes 1.1 GB of memory before there is a model" in done.err
+    for option in (("--epochs", "1e300"), ("--steps", 10**13)):
+        assert "must be at most 10^12" in gpt2("train", text_file, *option, "--dry-run").err

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "fused": "cache config model sampling",
     "few": "cache model product",
     "linear": "device few model product",
-    "rows": "ahead cache config few fused linear model sampling",
+    "rows": "ahead cache config device few fused linear model sampling",
     "generate": "config model rows",
     "complete": "config generate model tokenizer",
     "identify": "atomic checkpoint formats shards tokenizer",

@@ -61,7 +61,7 @@ def test_the_micro_batch_is_the_largest_that_fits_and_divides_the_update(text_fi
     assert tight.rows == 24 and tight.accumulation * tight.batch_size == 24
     assert rows(1 << 40).memory == need and rows(int(2 * need / 0.7)).batch_size == 24
     none = rows(need // 4)
-    assert none.batch_size == 1 and any("of memory needed" in note for note in none.notes)
+    assert none.batch_size == 1 and any("there: lower --seq-len, or" in note for note in none.notes)
 
 
 def test_a_probe_takes_the_first_batch_that_does_not_run_out_of_memory(monkeypatch):

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from gpt2cli import memory
 from gpt2cli.commands import console
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, size
 
 GRACE = 5.0  # seconds that a rank has to leave in when another one failed
 GRACE_OF_FIRST = 60.0  # which may be writing a checkpoint
@@ -26,6 +27,10 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     the others are ended; a signal is passed on to all."""
     if "RANK" in os.environ:
         raise UserError("--nproc starts the processes itself: leave it out under torchrun")
+    if 0 < memory.total() < (needed := nproc * memory.INTERPRETER):
+        raise UserError(
+            f"--nproc {nproc} takes {size(needed)} of memory before there is a model, {size(memory.total())} are there"
+        )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     common = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
@@ -73,8 +78,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) 
     failed = {rank: code for rank, code in ended.items() if code and rank not in ours}
     for rank, code in failed.items():
         if code < 0:
-            name = signal.Signals(-code).name
-            console.error(f"rank {rank} was killed by {name}: go on from the last checkpoint with --resume")
+            if -code not in signals:  # one that came through us may find a rank that has only begun
+                name = signal.Signals(-code).name
+                console.error(f"rank {rank} was killed by {name}: go on from the last checkpoint with --resume")
             return 128 - code
     return next(iter(failed.values()), 128 + signals[-1] if ours and signals else 0)
 
