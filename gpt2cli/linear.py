@@ -28,7 +28,7 @@ from gpt2cli.product import few_rows, has_onednn, onednn
 # first allocates. Training gains nothing by it, and would need a tenth more memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-MANY = 1024  # rows from which on the best layout of the weights stays the same
+MANY = 1024  # rows that a layout is asked for at the most: oneDNN fails where they are too many for it
 FEW = 64  # rows up to which the int8 product is faster than one with fp32 weights made of them
 
 

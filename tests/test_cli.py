@@ -439,6 +439,7 @@ def test_damaged_weights_are_refused(gpt2, run_folder, damage, says):
 
 def test_a_vocabulary_of_ones_own_goes_with_the_shards(gpt2, text_file):
     done = gpt2("tokenize", text_file, "--train-vocab", 500, "--out", "own", "--json")
+    assert "training the vocabulary" in done.err and "done before" not in done.err
     assert json.loads(done.out)["vocab_size"] == 500 and Path("own/tokenizer.json").is_file()
     start = text_file.read_text(encoding="utf-8")[:24]
     assert gpt2("tokenize", "--decode", "own/train_000000.bin", "--range", "1:40").out.startswith(start)
@@ -503,3 +504,14 @@ def test_more_than_the_memory_holds_is_refused_before_it_is_tried(gpt2, text_fil
     assert done.code == 1 and "takes 1.1 GB of memory before there is a model" in done.err
     for option in (("--epochs", "1e300"), ("--steps", 10**13)):
         assert "must be at most 10^12" in gpt2("train", text_file, *option, "--dry-run").err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_rank_that_the_signal_passed_on_ended_was_not_killed(capsys):
+    from gpt2cli.commands import launch
+
+    def ended():
+        return subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
+
+    assert launch._wait([ended()], [signal.SIGTERM]) == 143 and capsys.readouterr().err == ""
+    assert launch._wait([ended()], []) == 143 and "killed by SIGTERM" in capsys.readouterr().err

@@ -157,7 +157,13 @@ def test_a_fork_decodes_without_them():
 def test_a_few_rows_need_no_other_weights():
     model = prepare(make_model(), rows=4)
     assert not any(isinstance(module, PackedLinear) for module in model.modules()) and "head" not in vars(model)
-    assert any(isinstance(module, PackedLinear) for module in prepare(make_model(), rows=5).modules())
+    for rows in (5, 10**10):
+        assert any(isinstance(module, PackedLinear) for module in prepare(make_model(), rows=rows).modules())
+
+
+def test_their_compiler_loads_nothing_for_other_packages():
+    program = "import sys; from gpt2cli import few; few.try_out(); print('awkward' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 
 @pytest.fixture

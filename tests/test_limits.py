@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 # ==== memory ====
 
-LIBRARIES = 110_000_000  # bytes of mapped files where `memory.INTERPRETER` was measured; freshly installed they are twice that
+LIBRARIES = 110_000_000  # bytes of mapped files where `memory.INTERPRETER` was measured; freshly installed they are more
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
