@@ -1,6 +1,15 @@
 """`python -m gpt2cli` and the `gpt2` script."""
 
-from gpt2cli.commands.app import main
+import signal
+
+
+def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is loaded ends it without a traceback
+    from gpt2cli.commands import app
+
+    app.main()
+
 
 if __name__ == "__main__":
     main()

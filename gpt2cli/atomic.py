@@ -64,6 +64,15 @@ def new_file(target: Path) -> Iterator[Path]:
         raise
 
 
+def check_place(target: Path) -> None:
+    """Raises UserError where nothing of that name can be made, before anything is spent on it."""
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if there != target.absolute() and not there.is_dir():
+        raise UserError(f"{target} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{target} cannot be made: {there} may not be written to")
+
+
 def _remove_empty(folders: list[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:

@@ -246,6 +246,12 @@ def runs(parent: Path) -> list[Path]:
     return sorted(found, key=lambda run: max(p.stat().st_mtime for p in [run / "run.json", *checkpoints(run)]), reverse=True)
 
 
+def runs_near(out: Path) -> list[str]:
+    """What to advise where a run is not there: those that are, the last written first. Nothing where there are none."""
+    there = dict.fromkeys(str(run) for parent in (out.parent, Path("runs")) for run in runs(parent))
+    return [f"name one of: {', '.join([*there][:5])}"] if there else []
+
+
 def free_name(data: Path) -> Path:
     """A run folder that does not exist yet, named by its data and the time."""
     first = Path("runs") / f"{data.name.split('.')[0].strip('-') or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -280,6 +286,8 @@ def find_model(name: str | None, progress: hub.Progress | None = None) -> Path:
         if folder is None:
             raise UserError(f"{name} has no checkpoint yet: continue it with 'gpt2 train --resume --out {name}'")
         return folder
+    if "/" in name and not Path(name).exists() and Path(name).parent.is_dir():
+        raise UserError("; ".join([f"there is no {name}", *runs_near(Path(name))]))
     return hub.find(name, progress)
 
 

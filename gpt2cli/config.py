@@ -171,7 +171,7 @@ class TrainConfig:
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must be 0 or more, but is {getattr(self, name)}")
         if self.lr is not None and self.lr >= 1:
-            raise UserError(f"lr is {self.lr}, with which nothing can be learned: expected about 1e-3")
+            raise UserError(f"lr is {self.lr}, with which nothing can be learned: expected 1e-4 to 2e-2, or leave it out")
         for name in ("steps", "epochs"):
             if (getattr(self, name) or 0) > 1e12:
                 raise UserError(f"{name} must be at most 10^12, but is {getattr(self, name)}")

@@ -148,6 +148,7 @@ def _default_out(source: str, target: Format) -> Path:
 
 def _check_out(out: Path, to: str, force: bool) -> None:
     """Raises UserError where something is in the way that is not to be replaced."""
+    atomic.check_place(out)
     if to != "hf" and out.is_dir():
         inside = out / Path(FORMATS[to].name).name.format(out.resolve().name)
         raise UserError(f"{out} is a folder, but a {FORMATS[to].title} is one file: give --out {inside}")

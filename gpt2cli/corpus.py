@@ -96,6 +96,7 @@ def tokenize(
         raise UserError(f"--to is {layout!r}, but must be llmc or nanogpt")
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers must be 1 to {MOST_WORKERS}, but is {workers}")
+    atomic.check_place(out)
     with prepare(inputs, out, encoding, policy, train_vocab, progress) as job:
         job.layout, job.shard_tokens, job.fast = layout, shard_tokens, fast
         return job.run(out, workers)

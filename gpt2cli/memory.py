@@ -10,6 +10,7 @@ from gpt2cli.config import GPTConfig, TrainConfig
 
 INTERPRETER = 380_000_000  # with torch and what it loads, but its compiler:
 COMPILER = 150_000_000
+SAMPLER = 110_000_000  # numba, which decodes a few rows on a CPU
 
 
 def resident() -> int:
@@ -80,4 +81,5 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
         compiled = train.compile == "on"
         if compiled or train.activation_checkpointing or train.deterministic or world_size > 1:  # all of which load it
             need += COMPILER + (n * V * 4 if compiled else 0)
+        need += SAMPLER if train.sample_every else 0
     return need

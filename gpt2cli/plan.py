@@ -168,6 +168,7 @@ def make_plan(
     out = out or checkpoint.free_name(Path("mixture" if isinstance(data, Mapping) else data or documents.EMBEDDED))
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run: continue it with 'gpt2 train --resume --out {out}', or give another --out")
+    atomic.check_place(out)
     # What begins with a dot is a lock or a torn file of a run that was killed before it began.
     if any(not path.name.startswith(".") for path in out.iterdir()) if out.is_dir() else out.exists():
         raise UserError(f"{out} already holds files: give another --out")
@@ -292,7 +293,7 @@ def _decide_length(train: TrainConfig, model: GPTConfig, train_tokens: int, fine
         steps = train.steps or DEFAULT_STEPS
     best = best_lr(train.optimizer, model.n_embd) * (0.1 if fine_tuning else 1.0)
     lr = train.lr or best
-    if lr > 30 * best or lr < best / 100:
+    if lr > 10 * best or lr < best / 100:
         notes.append(f"--lr {lr:g} is {lr / best:,.3g} times what was measured to train best at this width, {best:.1e}")
     min_lr = lr / 10 if train.min_lr is None else train.min_lr
     if min_lr > lr:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PROMPT_TOKENS = 2048  # at once, so that memory is bounded
 FEW_ROWS = 8  # for which reading all that there is room for costs little: the weights are most of what is read
+DRAWN = 256  # random numbers at a time
 REACH = 128  # tokens; of more rows that many more are read at a time
 
 
@@ -34,15 +35,20 @@ class Row:
 
     def __init__(self, number: int, prompt: Sequence[int], config: SamplingConfig) -> None:
         self.number, self.ids, self.start = number, list(prompt), len(prompt)
-        self.uniform: list[float] = []  # a number for each token
-        if not config.greedy:
-            generator = torch.Generator().manual_seed(config.seed + number)
-            self.uniform = torch.rand(config.max_new_tokens, generator=generator).tolist()
+        self._generator = torch.Generator().manual_seed(config.seed + number)
+        self._uniform: list[float] = []  # a number for each token
         self.finish_reason: str | None = None
 
     @property
     def count(self) -> int:
         return len(self.ids) - self.start
+
+    @property
+    def uniform(self) -> float:
+        """In [0, 1), what its next token is drawn by."""
+        while self.count >= len(self._uniform):
+            self._uniform += torch.rand(DRAWN, generator=self._generator).tolist()
+        return self._uniform[self.count]
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -140,7 +146,7 @@ class Rows:
     def choose(self) -> None:
         """The next token of every row."""
         if not self.config.greedy:
-            put(self.uniform, [row.uniform[row.count] for row in self.rows])
+            put(self.uniform, [row.uniform for row in self.rows])
         B = self._extent()
         self.graphs.run(("choose", B), partial(self._choose, B))
         self.readback.start()

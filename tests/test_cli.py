@@ -231,16 +231,53 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_nothing_had_been(gpt2, tex
         (("train", "--config", "a.yaml"), "a.yaml: expected a .toml file"),
         (("bench", "--json", "attention"), "gpt2 bench attention --json"),
         (("bench", "tokenize", "latin.txt"), "latin.txt is not a text in UTF-8: bad byte at offset 2"),
+        (("train", "--config", "gone.toml"), "--config gone.toml: No such file or directory\n"),
+        (("train", "--dry-run", "--out", "a.yaml/run"), "a.yaml is a file\n"),
+        (("tokenize", "input.txt", "--out", "a.yaml/run"), "a.yaml is a file\n"),
+        (("convert", "run", "--out", "a.yaml/run"), "a.yaml is a file\n"),
+        (("convert", "empty.pt", "--info"), "it ends too early\n"),
+        (("sample", "input.txt", "--prompt", "x"), "input.txt is a file, not a model folder\n"),
+        (("sample", "empty.pt", "--prompt", "x"), "make one of it with 'gpt2 convert empty.pt --out FOLDER'"),
+        (("sample", "runs/typo", "--prompt", "x"), "there is no runs/typo; name one of: runs/mine\n"),
     ],
 )
 def test_what_newcomers_tried_is_told(gpt2, text_file, arguments, says):
-    Path("run").mkdir()
-    Path("run/run.json").write_text("{}")
+    for run in ("run", "runs/mine"):
+        Path(run).mkdir(parents=True)
+        Path(run, "run.json").write_text("{}")
+    Path("empty.pt").touch()
     Path("out.toml").write_text('out = "there"')
     Path("a.yaml").write_text("steps: 3")
     Path("latin.txt").write_bytes(b"tr\xe8s")
     done = gpt2(*arguments)
     assert done.code == 1 and says in done.err and done.out == ""
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_at_once(gpt2, text_file, monkeypatch):
+    Path("theirs").mkdir()
+    access = os.access  # root, as whom tests are often run, may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs" and access(path, mode))
+    done = gpt2("train", text_file, *QUICK, "--out", "theirs/run")
+    assert done.code == 1 and "theirs may not be written to" in done.err and "tokenizing" not in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("room, code", [("gpt2cli.commands.app", -signal.SIGINT), ("gpt2cli.documents", 130)])
+def test_an_interrupt_while_a_program_is_loaded_shows_no_traceback(room, code):
+    """Sent when `room` is looked for: before the program has begun, and in a command."""
+    program = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+class Look:
+    def find_spec(self, name, *_):
+        if name == "{room}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Look())
+from gpt2cli.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, "train", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == code and done.stderr == done.stdout == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -384,7 +421,7 @@ TRAIN = ("train", "fine.txt", *TINY)
         (("sample", "folder", "--prompt", "x"), "folder is not a model folder"),
         (("sample", "no such/model/name", "--prompt", "x"), "neither a model folder nor"),
         (("sample", "RUN", "--prompt", ""), "the prompt is empty: give some text"),
-        (("sample", "fine.txt", "--prompt", "x"), "gpt2 convert fine.txt --out FOLDER"),
+        (("sample", "fine.txt", "--prompt", "x"), "fine.txt is a file, not a model folder"),
         (("convert", "RUN", "--to", "hf", "--out", "fine.txt", "--force"), "fine.txt is a file, but a HuggingFace folder"),
         (("sample", "RUN", "--prompt", "word " * 40), "the model sees 32"),
         (("sample", "RUN", "--prompt", "x", "--prompt-file", "fine.txt"), "--prompt and --prompt-file"),
@@ -515,3 +552,14 @@ def test_a_rank_that_the_signal_passed_on_ended_was_not_killed(capsys):
 
     assert launch._wait([ended()], [signal.SIGTERM]) == 143 and capsys.readouterr().err == ""
     assert launch._wait([ended()], []) == 143 and "killed by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_the_first_rank_does_not_wait_for_ever_for_one_that_an_interrupt_ended(monkeypatch):
+    from gpt2cli.commands import launch
+
+    monkeypatch.setattr(launch, "GRACE_OF_FIRST", 0.5)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(60)", "raise SystemExit(130)")
+    ]
+    assert launch._wait(ranks, [signal.SIGINT]) == 130 and ranks[0].wait() == -signal.SIGKILL

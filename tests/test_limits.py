@@ -150,6 +150,7 @@ def test_a_learning_rate_that_cannot_be_meant_is_told_before_the_run(text_file):
 
     assert "--lr 0.5 is 167 times what was measured to train best at this width, 3.0e-03" in notes(lr=0.5)
     assert "--lr 1e-07 is 0.0001 times" in notes(lr=1e-7, optimizer="adamw") and "--lr" not in notes(lr=1e-2)
+    assert "--lr 0.04 is 13.3 times" in notes(lr=0.04)
     with pytest.raises(UserError, match="with which nothing can be learned"):
         TrainConfig(lr=3.0)
 

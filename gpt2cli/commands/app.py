@@ -56,6 +56,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(end.__context__, BrokenPipeError):  # the reader of our output has gone, as in `gpt2 sample | head`
             return 0
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # that came outside of a command
+        return 130
     except Told:
         return 1
     except UserError as error:
@@ -65,7 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         if not device.is_out_of_memory(error):
             raise
-        return complain("out of memory: try a smaller --batch-size, --seq-len or model")
+        return complain("out of memory: try fewer or shorter rows at a time, or a smaller model")
     except OSError as error:
         if is_full(error):
             return complain(f"the disk is full ({error}): free some space and run it again; what was there before is whole")
@@ -84,6 +86,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding shows ? instead of a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # SIGTERM and a closed terminal end like Ctrl-C, but with their own status; `train` replaces all to save first.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored

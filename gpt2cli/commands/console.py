@@ -135,7 +135,7 @@ def show_plan(plan: Plan, machine: str, rate: float) -> None:
                   + (f"; goes on after step {plan.first_step:,}, from {plan.resume_from}" if plan.resume_from else "")),
         *([("ranks", f"{plan.world_size}, {train.parallel}")] if plan.world_size > 1 else []),
         ("device", f"{machine}, {train.dtype}, attention {train.attention}, compile {train.compile}"),
-        ("memory", f"about {size(plan.memory)}; disk about {size(plan.disk)}"),
+        ("memory", f"about {size(plan.memory)}{' in each rank' if plan.world_size > 1 else ''}; disk about {size(plan.disk)}"),
         ("time", f"about {seconds(expected)}, guessed from {rate / 1e9:,.0f} GFLOP/s of matrix products; better after 5 steps"),
         ("out", str(plan.out)),
     ]  # fmt: skip

@@ -62,14 +62,14 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int:
-    """Until all have ended, or one has failed and the others had time to leave. After a signal they save, which takes what it
-    takes, but for a third one."""
+    """Until all have ended, or one has failed, or left before it could save, and the others had time to leave. After a signal
+    they save and leave together, which takes what it takes, but for a third one."""
     ended: dict[int, int] = {}  # rank -> status, the first first
     failed_at, ours = math.inf, set()  # those that were killed here
     while len(ended) < len(processes):
         time.sleep(0.05)
         ended |= {n: code for n, process in enumerate(processes) if n not in ended and (code := process.poll()) is not None}
-        if any(code and (code < 128 or not signals) for code in ended.values()):
+        if any(ended.values()):
             failed_at = min(failed_at, time.monotonic())
         for rank in set(range(len(processes))) - set(ended):
             if time.monotonic() > failed_at + (GRACE if rank else GRACE_OF_FIRST) or len(signals) > 2:

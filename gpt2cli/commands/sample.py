@@ -36,7 +36,7 @@ def command(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without it standard input, if it is a pipe.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    num_samples: Annotated[int, typer.Option(help="Continuations to make of a prompt.", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option(help="Continuations to make of a prompt.", min=1, max=100_000)] = 1,
     temperature: Annotated[
         float, typer.Option(help="Below 1 safer, above 1 wilder.", rich_help_panel=CHOOSING)
     ] = SAMPLING.temperature,

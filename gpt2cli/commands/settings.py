@@ -60,7 +60,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path.suffix == ".toml":
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror}") from None
+        except ValueError as error:
             raise UserError(f"--config {path}: {error}") from None
         values = {name.replace("-", "_"): value for name, value in values.items()}
         unknown = sorted(set(values) - options - {"input", "data"})

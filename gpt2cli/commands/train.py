@@ -161,6 +161,7 @@ def command(
 
 def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
     """The plan that the command line and its settings file ask for."""
+    from gpt2cli import checkpoint
     from gpt2cli.commands import console
     from gpt2cli.plan import make_plan
     from gpt2cli.resume import resume_plan
@@ -186,7 +187,8 @@ def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
         changes = {name: value for name, value in given.items() if name in RUN_FIELDS}
         return resume_plan(out, changes, data=data, cache=cache, on_skip=console.note, on_tokenize=bars.tokenized, **world)
     if resume and data is None:  # more likely a slip of the pen than a wish for Shakespeare
-        raise UserError(f"{out} holds no run: give INPUT to start one there{runs_near(out)}")
+        others = "".join(f", or {advice}" for advice in checkpoint.runs_near(out))
+        raise UserError(f"{out} holds no run: give INPUT to start one there{others}")
     if resume:
         console.note(f"{out} holds no run yet: starting from zero")
     if data is None:
@@ -207,14 +209,6 @@ def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
     if of_file and context.meta.get("data_sha256", plan.data_sha256) != plan.data_sha256:
         console.note(f"{values['config']}: its data has changed since that run")
     return plan
-
-
-def runs_near(out: Path) -> str:
-    """The end of an error about a run that is not there: those that are, the last written first."""
-    from gpt2cli import checkpoint
-
-    there = dict.fromkeys(str(run) for parent in (out.parent, Path("runs")) for run in checkpoint.runs(parent))
-    return f", or name one of: {', '.join([*there][:5])}" if there else ""
 
 
 def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: str | None) -> int:

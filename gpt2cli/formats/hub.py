@@ -29,9 +29,11 @@ def find(name: str, progress: Progress | None = None) -> Path:
         return path
     if path.is_file() and path.suffix in (".safetensors", ".json"):
         raise UserError(f"{name} is one file of a model: give its folder")
+    of_weights = name.endswith((".pt", ".pth", ".bin", ".gguf", ".safetensors"))
     if path.is_file():
-        raise UserError(f"{name} is a file, not a model folder: make one of it with 'gpt2 convert {name} --out FOLDER'")
-    if name.endswith((".pt", ".bin", ".gguf", ".safetensors")):
+        mend = f": make one of it with 'gpt2 convert {name} --out FOLDER'" if of_weights else ""
+        raise UserError(f"{name} is a file, not a model folder{mend}")
+    if of_weights:
         raise UserError(f"there is no file {name}")
     if path.exists() or not _NAME.fullmatch(name):
         raise UserError(f"{name} is neither a model folder nor the name of a model on the hub, like gpt2 or owner/name")

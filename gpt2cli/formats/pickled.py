@@ -77,5 +77,5 @@ def _reason(error: Exception) -> str:
     found = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", text, re.IGNORECASE)
     if found:
         return f"asks for {found[1]} to be run, so it is not read: expected tensors and plain values alone"
-    told = text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+    told = text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__.replace("EOFError", "it ends too early")
     return f"is damaged or not a weight file: {told.splitlines()[0]}"
