@@ -18,7 +18,7 @@ from gpt2cli.bench import OnTurn, nobody, seconds_of
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
 from gpt2cli.generate import generate
-from gpt2cli.linear import FEW, few_for, prepare
+from gpt2cli.linear import FEW, Int8Linear, few_for, prepare
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding
 
@@ -66,7 +66,9 @@ def bench_generate(
     with peers.started(compare, model, where, dtype, quantize) as others:
         device.set_up(seed=0)
         mine = prepare(copy.deepcopy(model).to(where, device.DTYPES[dtype]).eval(), quantize, rows=B)
-        me = f"gpt2 {quantize or dtype}" + (f", numba {version('numba')}" if few_for(mine, B) else "")
+        small = isinstance(vars(mine).get("head"), Int8Linear)
+        me = "gpt2 " + ("int8" if small else f"{dtype}, rounded to {quantize}" if quantize else dtype)
+        me += f", numba {version('numba')}" if few_for(mine, B) else ""
         ways = {me: ours(mine, where)} | others
         tokens = {}
         for who, run in ways.items():
@@ -81,7 +83,7 @@ def bench_generate(
                 whole = seconds_of(partial(run, prompt, B, new_tokens), where)
                 firsts[who].append(first)
                 rates[who].append(B * (new_tokens - 1) / (whole - first))
-    read = weight_bytes(model, dtype, quantize)
+    read = weight_bytes(model, "int8" if small else dtype)
     return [
         GenerateRow(
             who=who,
@@ -96,9 +98,9 @@ def bench_generate(
     ]
 
 
-def weight_bytes(model: GPT, dtype: str, quantize: str | None) -> int:
+def weight_bytes(model: GPT, dtype: str) -> int:
     """Bytes a step reads: all weights but the position embeddings, of which it needs one row."""
-    size = 1 if quantize else device.DTYPES[dtype].itemsize
+    size = 1 if dtype == "int8" else device.DTYPES[dtype].itemsize
     return size * sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
 
 

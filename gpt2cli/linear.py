@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from gpt2cli import device
 from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
-from gpt2cli.product import few_rows, has_onednn, onednn
+from gpt2cli.product import FEW_INT8, few_rows, has_onednn, onednn
 
 # Large tensors in pages of 2 MB: fewer of them to look up, and the memory is read at more of its speed. torch looks when it
 # first allocates. Training gains nothing by it, and would need a tenth more memory.
@@ -34,19 +33,26 @@ FEW = 64  # rows up to which the int8 product is faster than one with fp32 weigh
 
 def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     """Put `model`'s linear layers, the output layer too, into the form that decodes `rows` at a time fastest where it is: the
-    numbers are the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`. For generating only.
+    numbers are the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`; for many rows on a CPU
+    they are rounded as they would be, and kept in fp32, in which products of many rows are faster. For generating only.
 
     Changes `model`, and returns it. Raises UserError for another `quantize`, and where the device has no int8 product.
     """
     if quantize not in (None, "int8"):
         raise UserError(f"--quantize {quantize} is unknown; expected int8")
     weight = model.wpe.weight
-    if quantize is None and not (weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()):
+    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()
+    if quantize is None and not packs:
         return model
     few = few_for(model, rows, int8=quantize is not None)  # found out now, not when tokens are awaited
     if quantize is None and few:
         return model  # whose weights are read as they are
-    make: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear if quantize else partial(PackedLinear, min(rows, MANY))
+
+    def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        if quantize and not (packs and rows > FEW_INT8):
+            return Int8Linear(weight, bias)
+        return PackedLinear(min(rows, MANY), rounded(weight) if quantize else weight, bias)
+
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and name != "lm_head":
@@ -85,6 +91,20 @@ def place(model: GPT, device_name: str, dtype: str, quantize: str | None = None,
     return prepare(model.to(where, device.DTYPES[device.pick_dtype(dtype, where)]), quantize, rows)
 
 
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) -> (out, in) in int8 and (out) in bf16: each output's weights (a row) as whole multiples of 1/127 of the
+    largest of them."""
+    scale = (weight.float().abs().amax(dim=1).clamp(min=1e-20) / 127).bfloat16()
+    steps = weight.float() / scale.float()[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """The weight that int8 stands for, in fp32."""
+    steps, scale = to_int8(weight)
+    return steps * scale.float()[:, None]
+
+
 class PackedLinear(nn.Module):
     """`F.linear` through oneDNN, with a copy of the weight in the blocked layout that suits `rows` best."""
 
@@ -98,17 +118,15 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weight-only int8: each output's weights (a row) are whole multiples of 1/127 of the largest of them, x stays as
-    it is but for a rounding to bf16, in which the product is made. (The kernels of `few` make it in fp32.)
+    """Weight-only int8, see `to_int8`. x stays as it is but for a rounding to bf16, in which the product is made. (The
+    kernels of `few` make it in fp32.)
 
     A row of x is computed without regard to the others: no scale is taken over them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.scale = (weight.float().abs().amax(dim=1).clamp(min=1e-20) / 127).bfloat16()  # (out)
-        steps = weight.float() / self.scale.float()[:, None]
-        self.weight = steps.round().clamp(-127, 127).to(torch.int8)  # (out, in)
+        self.weight, self.scale = to_int8(weight)  # (out, in), (out)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

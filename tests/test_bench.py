@@ -137,7 +137,8 @@ def test_other_libraries_continue_the_same_prompt_to_the_same_tokens(gpt2, run_f
     rows = json.loads(gpt2(*command, "--compare", "hf", "--batch-size", 2, "--json").out)["rows"]
     assert rows[1]["who"].startswith("transformers") and rows[1]["same_tokens"] == rows[0]["same_tokens"] == 8
     done = gpt2(*command, "--quantize", "int8")
-    assert done.code == 0 and "perplexity" in done.err and "with int8" in done.err
+    assert done.code == 0 and "perplexity" in done.err and "with int8" in done.err and "gpt2 int8" in done.out
+    assert "gpt2 fp32, rounded to int8" in gpt2(*command, "--quantize", "int8", "--batch-size", 9).out
     assert "--compare vllm is unknown" in gpt2(*command, "--compare", "vllm").err
     for name, package in (("ctranslate2", "ctranslate2"), ("llamacpp", "llama-cpp-python")):
         done = gpt2(*command, "--compare", name)

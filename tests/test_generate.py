@@ -391,6 +391,20 @@ def test_int8_weights_are_the_weights_to_half_a_step_and_rows_do_not_see_each_ot
         assert torch.equal(layer(x)[:1], layer(x[:1]))
 
 
+@needs_onednn
+def test_many_rows_of_int8_are_multiplied_in_fp32_by_what_int8_stands_for():
+    few, many, plain = prepare(make_model(), "int8", rows=8), prepare(make_model(), "int8", rows=9), make_model()
+    vars(plain)["head"] = torch.nn.Linear(32, 97, bias=False)
+    layers = {name: layer for name, layer in few.named_modules() if isinstance(layer, Int8Linear)}
+    pairs = [(layer, plain.get_submodule(name)) for name, layer in layers.items()]
+    for layer, own in [*pairs, (vars(few)["head"], vars(plain)["head"])]:
+        own.weight = torch.nn.Parameter(layer.weight * layer.scale.float()[:, None])
+    assert len(pairs) == 8 and isinstance(vars(many)["head"], PackedLinear)
+    ids = torch.arange(32)[None]
+    with torch.inference_mode():
+        assert (many(ids)[0] - plain(ids)[0]).abs().max() < 1e-5 < (many(ids)[0] - make_model()(ids)[0]).abs().max()
+
+
 def test_a_model_with_int8_weights_is_nearly_the_model():
     model, small = make_model(), prepare(make_model(), "int8")
     x = torch.arange(32)[None]
