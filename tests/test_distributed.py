@@ -174,6 +174,17 @@ def test_a_rank_that_is_killed_ends_the_others_within_seconds_and_the_run_goes_o
     assert "goes on after step" in err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ranks_whose_launcher_was_killed_save_and_stop(text_file):
+    process = start([*GPT2, *LONG, "--nproc", 2])
+    wait_until(lambda: has_logged(3), process)
+    process.kill()
+    _, err = end(process, -signal.SIGKILL, seconds=120)  # its output ends with that of the ranks
+    (folder,) = checkpoint.checkpoints(Path("run"))
+    assert checkpoint.is_whole(folder) and checkpoint.was_stopped(folder)
+    assert f"is gone, after step {checkpoint.step_of(folder)}, which is saved" in err
+
+
 def rank_of(pid):
     return dict(line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line).get("RANK")
 

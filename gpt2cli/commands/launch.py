@@ -18,6 +18,7 @@ from gpt2cli import memory
 from gpt2cli.commands import console
 from gpt2cli.errors import UserError, size
 
+LAUNCHER = "GPT2CLI_LAUNCHER"  # in a rank's environment, the process that started it
 GRACE = 5.0  # seconds that a rank has to leave in when another one failed
 GRACE_OF_FIRST = 60.0  # which may be writing a checkpoint
 
@@ -33,7 +34,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
         )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     common = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), LAUNCHER: os.getpid()}
     command = [sys.executable, "-m", "gpt2cli", *_without_nproc(arguments)]
     processes: list[subprocess.Popen[bytes]] = []
     signals: list[int] = []
@@ -99,6 +100,11 @@ def _without_nproc(arguments: Sequence[str]) -> list[str]:
             kept.append(argument)
         skip = argument == "--nproc"
     return kept
+
+
+def is_gone() -> bool:
+    """Whether this is a rank whose launcher has ended, as by SIGKILL, which nobody can pass on."""
+    return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
 
 
 def restarts() -> bool:

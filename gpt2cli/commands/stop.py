@@ -1,4 +1,4 @@
-"""What stops a run early: signals, and a limit of time."""
+"""What stops a run early: signals, a limit of time, and a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from typing import TYPE_CHECKING
+
+from gpt2cli.commands import launch
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -21,7 +23,7 @@ class StopRequest:
 
     def __init__(self, max_minutes: float | None) -> None:
         self.number = 0  # of the signal
-        self.by = ""  # --max-minutes, where no signal came first
+        self.by = ""  # what else asks, where no signal came first
         self._asked_at = 0.0
         self._began = False
         self._max_minutes = max_minutes
@@ -53,6 +55,8 @@ class StopRequest:
         """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
         if self._began and not self.number and time.monotonic() >= self._end:
             self.by = f" by --max-minutes {self._max_minutes:g}"
+        if launch.is_gone():
+            self.by = ", since the process that started this one is gone,"
         self._began = True
         return self.was_asked
 
