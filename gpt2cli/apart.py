@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpt2cli import device
+from gpt2cli.encode import no_ctrl_c
 from gpt2cli.errors import UserError
 
 Make = Callable[..., tuple[str, Callable[..., Any]]]  # -> a title, and what to call from then on
@@ -26,7 +27,8 @@ class Apart:
         self._connection, theirs = context.Pipe()
         facts = (make, arguments, missing, torch.get_num_threads(), theirs)
         self._process = context.Process(target=_serve, args=facts, daemon=True)
-        self._process.start()
+        with no_ctrl_c():  # which ends this one, and it that
+            self._process.start()
         theirs.close()
         self.title: str = self._answer()
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +208,12 @@ def _encode_in_worker(batch: Batch) -> Encoded:
 
 
 @contextlib.contextmanager
-def _no_ctrl_c() -> Iterator[None]:
+def no_ctrl_c() -> Iterator[None]:
     """Processes that are started here do not see Ctrl-C, which is their parent's to handle; it sees it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # which unblocks it when it starts, as it does with the first process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -232,7 +233,7 @@ def encode_all(work: Iterator[Batch], encoder: Encoder, workers: int) -> Iterato
 
     def submit(some: Iterable[Batch]) -> None:
         for batch in some:
-            with _no_ctrl_c():
+            with no_ctrl_c():
                 waiting.append((batch, pool.submit(_encode_in_worker, batch)))
 
     try:

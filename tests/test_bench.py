@@ -2,6 +2,10 @@ import io
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +119,20 @@ def counter(start):
         return total, os.getpid() == int(os.environ["PYTEST_PID"])
 
     return f"from {start}", add
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_is_for_the_process_that_asked():
+    """In a fresh process, the first of whose children is the one that tracks resources, and meddles with signals."""
+    program = "from tests.test_bench import Apart, interrupted; there = Apart(interrupted); print(there.title); there.close()"
+    house = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=house, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("still here\n", "")
+
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    return "still here", print
 
 
 def broken():

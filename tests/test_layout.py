@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "identify": "atomic checkpoint formats shards tokenizer",
     "prove": "config documents formats model tokenizer",
     "convert": "atomic config formats identify prove",
-    "apart": "device",
+    "apart": "device encode",
     "peers": "apart config formats memory model tokenizer",
     "bench": "config corpus device documents shards survey tokenizer",
     "bench_train": "apart bench config device memory model optim peers step",
