@@ -112,6 +112,11 @@ def cached(
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """The folder under `cache` with the tokens of `inputs`, made when it is not there; named by what decides them."""
+    if not (cache / "tokens").is_dir():
+        try:
+            atomic.check_place(cache / "tokens")
+        except UserError as error:
+            raise UserError(f"{error}. The tokens are kept there: name another folder by --cache-dir") from None
     with prepare(inputs, cache / "tokens" / "any", encoding, policy, train_vocab, progress) as job:
         folder = cache / "tokens" / job.key
         if not finished(folder, job.key):

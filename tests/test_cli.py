@@ -261,6 +261,24 @@ def test_a_folder_that_may_not_be_written_to_is_told_at_once(gpt2, text_file, mo
     assert done.code == 1 and "theirs may not be written to" in done.err and "tokenizing" not in done.err
 
 
+def test_a_cache_that_cannot_be_made_is_told_before_the_text_is_read(gpt2, text_file):
+    Path("file").touch()
+    done = gpt2("train", text_file, *QUICK, "--cache-dir", "file/cache")
+    assert done.code == 1 and "file is a file" in done.err and "by --cache-dir" in done.err and "reading" not in done.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere numba is not asked for")
+def test_a_warning_of_ours_is_a_note_and_one_of_a_library_is_its_own(run_folder, capsys):
+    from gpt2cli.commands import app
+
+    pytest.importorskip("numba")
+    command = [sys.executable, "-m", "gpt2cli", "sample", str(run_folder), "--prompt", "x", "--max-new-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    assert done.stderr.startswith("note: numba does not work here") and "Warning" not in done.stderr
+    app.show_warning("old", DeprecationWarning, torch.__file__, 3)
+    assert "DeprecationWarning: old" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("room, code", [("gpt2cli.commands.app", -signal.SIGINT), ("gpt2cli.documents", 130)])
 def test_an_interrupt_while_a_program_is_loaded_shows_no_traceback(room, code):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
 
@@ -82,10 +84,28 @@ def complain(message: str) -> int:
     return 1
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is for people, one of a library for its makers."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        from gpt2cli.commands import console
+
+        console.note(f"note: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding shows ? instead of a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.showwarning = show_warning
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # SIGTERM and a closed terminal end like Ctrl-C, but with their own status; `train` replaces all to save first.
