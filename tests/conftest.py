@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +15,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # which would colour what tests read
     os.environ.pop(name, None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
