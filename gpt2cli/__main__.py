@@ -5,7 +5,7 @@ import signal
 
 def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is loaded ends it without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `stop.listen`
     from gpt2cli.commands import app
 
     app.main()

@@ -90,6 +90,7 @@ def _owners(optimizers: Optimizers) -> dict[Tensor, Optimizer]:
 
 def write(run: Path, state: Snapshot) -> Path:
     """Write `run/step-NNNNNN`. Raises OSError on a full disk, and then leaves no trace of the attempt."""
+    check_there(run)
     target = folder_of(run, state.progress.step)
     with atomic.new_folder(target, replace=True) as folder:
         huggingface.write(folder, state.config, state.weights, state.encoding)
@@ -97,6 +98,12 @@ def write(run: Path, state: Snapshot) -> Path:
         atomic.write_json(folder / "training.json", asdict(state.progress))
         atomic.seal(folder, {"gpt2cli": __version__, "step": state.progress.step})
     return target
+
+
+def check_there(run: Path) -> None:
+    """Raises FileNotFoundError where its folder was moved or deleted, in whose place nothing is to be made."""
+    if not (run / "run.json").is_file():
+        raise FileNotFoundError(f"{run} is gone: put it back")
 
 
 def write_evaluation(folder: Path, val_loss: float, val_bits_per_byte: float | None) -> None:

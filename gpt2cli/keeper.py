@@ -77,6 +77,7 @@ class Keeper:
     def save(self, state: checkpoint.Snapshot) -> Path | None:
         """Have it written in the background. None where the log already does not fit the disk."""
         try:
+            checkpoint.check_there(self.run)
             self.log.settle()
         except OSError as error:
             self.writer.fail(error)

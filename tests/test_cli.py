@@ -17,6 +17,9 @@ import pytest
 import torch
 
 import gpt2cli
+from gpt2cli import checkpoint
+from gpt2cli.commands import console
+from gpt2cli.commands.stop import StopRequest
 from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
 
 from .conftest import QUICK, TINY
@@ -280,22 +283,48 @@ def test_a_warning_of_ours_is_a_note_and_one_of_a_library_is_its_own(run_folder,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("room, code", [("gpt2cli.commands.app", -signal.SIGINT), ("gpt2cli.documents", 130)])
-def test_an_interrupt_while_a_program_is_loaded_shows_no_traceback(room, code):
-    """Sent when `room` is looked for: before the program has begun, and in a command."""
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "room, heard", [("gpt2cli.commands.app", False), ("numpy.linalg", False), ("gpt2cli.commands.board", True)]
+)
+def test_a_signal_while_a_program_is_loaded_shows_no_traceback(room, heard, number):
+    """Sent when `room` is looked for: before the program has begun, while torch is loaded, and in a command."""
     program = f"""
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it
 class Look:
     def find_spec(self, name, *_):
         if name == "{room}":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{number})
 sys.meta_path.insert(0, Look())
 from gpt2cli.__main__ import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", program, "train", "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == code and done.stderr == done.stdout == ""
+    number = getattr(signal, number)
+    assert done.returncode == (128 + number if heard else -number) and done.stdout == ""
+    assert "Traceback" not in done.stderr and (heard or not done.stderr)
+
+
+def test_a_terminal_that_is_closed_counts_once(monkeypatch):
+    """Its SIGHUP comes from the shell and from the system."""
+    left = []
+    monkeypatch.setattr(console, "leave", left.append)
+    stop = StopRequest(None)
+    for number in (signal.SIGTERM, signal.SIGTERM) if os.name == "nt" else (signal.SIGHUP, signal.SIGHUP):
+        stop._ask(number, None)
+    assert stop.was_asked and left == ([128 + signal.SIGTERM] if os.name == "nt" else [])
+    stop._ask(signal.SIGINT, None)
+    assert left[-1] == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_run_whose_readers_have_gone_trains_to_the_end(text_file):
+    command = [sys.executable, "-m", "gpt2cli", "train", "input.txt", *QUICK, "--steps", "2", "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0 and checkpoint.is_whole(Path("run/step-000002"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -581,3 +610,24 @@ def test_the_first_rank_does_not_wait_for_ever_for_one_that_an_interrupt_ended(m
         subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(60)", "raise SystemExit(130)")
     ]
     assert launch._wait(ranks, [signal.SIGINT]) == 130 and ranks[0].wait() == -signal.SIGKILL
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    ranks = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])]  # which a signal does not reach
+    assert launch._wait(ranks, [signal.SIGINT, signal.SIGINT]) == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_signal_while_ranks_are_started_reaches_them_all(monkeypatch, tmp_path):
+    from gpt2cli.commands import launch
+
+    (rank := tmp_path / "rank").write_text("#!/bin/sh\nexec sleep 60\n")
+    rank.chmod(0o700)
+    popen = subprocess.Popen
+
+    def start(*arguments, **more):
+        process = popen(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher has not yet heard of this one
+        return process
+
+    monkeypatch.setattr(launch.sys, "executable", str(rank))
+    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    assert launch.start(2, ["train"]) == 143

@@ -16,6 +16,7 @@ import torch
 from gpt2cli import GPT, TrainConfig, UserError, atomic, checkpoint, device, make_plan, metrics, train
 from gpt2cli.guard import WINDOW, Guard
 from gpt2cli.resume import resume_plan
+from gpt2cli.run import Run
 from gpt2cli.step import train_step
 from gpt2cli.verify import verify_resume
 
@@ -455,6 +456,28 @@ def test_a_save_that_failed_while_the_run_was_stopped_is_followed_by_one_that_st
     for step in train(new_plan(text_file, "run", save_every=2, eval_every=0), should_stop=lambda: len(done) == 3):
         done.append(step)
     assert failed == [2] and [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step-000003"]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_run_folder_that_is_moved_is_told_and_nothing_made_in_its_place(gpt2, text_file, monkeypatch, back):
+    step = Run.step
+
+    def moved(self):
+        step(self)
+        if self.progress.step == 3:
+            Path("run").rename("away")
+        if self.progress.step == 8 and back:
+            Path("away").rename("run")
+
+    monkeypatch.setattr(Run, "step", moved)
+    monkeypatch.setattr("gpt2cli.writer.RETRY_SECONDS", 0.0)
+    done = gpt2("train", text_file, *QUICK, "--steps", 10, "--save-every", 2, "--eval-every", 0, "--out", "run")
+    assert "could not save: run is gone: put it back; " in done.err
+    if back:
+        assert done.code == 0 and "saved after all" in done.err and checkpoint.is_whole(Path("run/step-000010"))
+        assert [line["step"] for line in metrics.read(Path("run")) if "loss" in line] == list(range(1, 11))
+    else:
+        assert done.code == 1 and "error: run is gone: put it back" in done.err and not Path("run").exists()
 
 
 def test_a_disk_that_may_not_be_written_is_no_full_disk_and_not_waited_for(gpt2, text_file, monkeypatch):

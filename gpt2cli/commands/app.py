@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import typer
 
 from gpt2cli import __version__
 from gpt2cli.atomic import is_full
-from gpt2cli.commands import bench, convert, sample, tokenize, train
+from gpt2cli.commands import bench, convert, sample, stop, tokenize, train
 from gpt2cli.errors import Told, UserError
 
 app = typer.Typer(
@@ -106,10 +105,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = show_warning
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    # SIGTERM and a closed terminal end like Ctrl-C, but with their own status; `train` replaces all to save first.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
-    sys.exit(run())
+    status = run()
+    stop.listen_no_more()
+    sys.exit(status)

@@ -9,6 +9,7 @@ import typer
 
 from gpt2cli.commands.bench_distributed import distributed
 from gpt2cli.commands.measure import Device, Dtype, Json, Preset, decide, model_config, numbers, show_conditions
+from gpt2cli.commands.stop import listen
 from gpt2cli.config import CHOICES
 from gpt2cli.errors import UserError, size
 
@@ -215,6 +216,7 @@ def tokenize(
     from gpt2cli import bench, device
     from gpt2cli.commands import console
 
+    listen()
     facts = bench.machine(device.pick_device("cpu"))
     with bench.text_to_tokenize(text) as file, console.at_work() as tell:
         rows = bench.bench_tokenize(file, counts, repeats, tell)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -25,7 +26,33 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Stderr:
+    """The process's own, whichever it is by then. A terminal that went away, or a pipe that nobody reads, costs what would
+    have been told there, and nothing else."""
+
+    @property
+    def _file(self) -> Any:  # below what a live line puts in its place; the process may have none
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr) or io.StringIO()
+
+    @property
+    def rich_proxied_file(self) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+
+stderr = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True)
 
 
 def speak_for(rank: int) -> None:
@@ -45,9 +72,16 @@ def note(message: str) -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process now, whatever its threads are doing, but leave the terminal's cursor visible."""
-    with contextlib.suppress(OSError):
-        stderr.show_cursor(True)
+    stderr.show_cursor(True)
     os._exit(code)
+
+
+def print_if_read(line: object) -> None:
+    """On stdout, and no error where whoever was to read it has gone."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter tries it again at its end
 
 
 def print_json(value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gpt2cli.commands.stop import listen
 from gpt2cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def command(
     from gpt2cli.convert import convert
     from gpt2cli.identify import describe
 
+    listen()
     with console.Bars() as bars:
         if info:
             facts = describe(name, tokenizer, bars.downloaded)

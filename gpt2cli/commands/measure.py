@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gpt2cli.commands.stop import listen
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig
 from gpt2cli.errors import UserError
 
@@ -34,6 +35,7 @@ def model_config(preset: str) -> GPTConfig:
 def decide(device_name: str, dtype: str) -> tuple[Any, str, dict[str, Any]]:
     from gpt2cli import bench, device
 
+    listen()
     where = device.pick_device(device_name)
     kind = device.pick_dtype(dtype, where)
     return where, kind, bench.conditions(where, kind)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpt2cli.commands.settings import source_of
+from gpt2cli.commands.stop import listen
 from gpt2cli.config import CHOICES, SamplingConfig
 from gpt2cli.errors import UserError, many
 
@@ -107,6 +108,7 @@ def command(
     from gpt2cli.complete import complete, done_already
     from gpt2cli.linear import place
 
+    listen()
     lines = read_lines(prompts, prompt, prompt_file, num_samples)
     done = done_already(out, lines, seed) if resume and out and out.exists() else 0
     if done == len(lines):

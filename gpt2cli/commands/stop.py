@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gpt2cli.commands import launch
 
 if TYPE_CHECKING:
     from types import FrameType
 
-SAME = 1.0  # seconds in which a rank counts a signal once: who signals all processes reaches it through its launcher, too
+
+def listen() -> None:
+    """From here on these signals raise, so that what was begun is put away; until then they end the program at once. To be
+    called when the libraries are loaded: within their initialization what a signal raises may be lost, or leave them
+    half there. `train` replaces all to save first."""
+    for number in launch.signals():
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _leave)
+
+
+def listen_no_more() -> None:
+    """While the interpreter is taken down, what a signal raises has nobody to catch it."""
+    for number in launch.signals():
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 class StopRequest:
@@ -30,10 +47,7 @@ class StopRequest:
         self._end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def __enter__(self) -> StopRequest:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-            numbers.append(signal.SIGHUP)
-        self._before = [(number, signal.signal(number, self._ask)) for number in numbers]
+        self._before = [(number, signal.signal(number, self._ask)) for number in launch.signals()]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,13 +57,14 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         from gpt2cli.commands import console
 
-        if self.number and "RANK" in os.environ and time.monotonic() < self._asked_at + SAME:
+        if self.number and "RANK" in os.environ and time.monotonic() < self._asked_at + launch.SAME:
+            return
+        if self.number and number == getattr(signal, "SIGHUP", None):  # see launch.start
             return
         if self.number:
             console.leave(128 + number)
         self.number, self._asked_at = number, time.monotonic()
-        with contextlib.suppress(OSError):
-            console.note("finishing this step, then saving; once more to leave at once")
+        console.note("finishing this step, then saving; once more to leave at once")
 
     def asked(self) -> bool:
         """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""

@@ -12,7 +12,7 @@ import typer
 
 from gpt2cli.commands import launch
 from gpt2cli.commands.settings import overridden, read_config, read_mixture, source_of
-from gpt2cli.commands.stop import StopRequest
+from gpt2cli.commands.stop import StopRequest, listen
 from gpt2cli.config import CHOICES, PRESETS, GPTConfig, TrainConfig
 from gpt2cli.errors import UserError
 
@@ -151,6 +151,7 @@ def command(
     from gpt2cli.distributed import joined
     from gpt2cli.together import plan_together
 
+    listen()
     with joined() as ranks:
         console.speak_for(ranks.rank)
         with console.Bars() as bars:
@@ -230,12 +231,11 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
         if board:
             stack.callback(board.close)
         for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
-            with contextlib.suppress(OSError):  # a terminal that went away must not cost the run
-                display.show(last)
+            display.show(last)
             if board:
                 board.show(last)
     if ranks.is_first:
-        print(plan.out)
+        console.print_if_read(plan.out)
         report(plan, last.step if last else plan.first_step)
     return say_how_it_ended(plan, last.step if last else None, stop, ranks)
 
