@@ -314,7 +314,7 @@ def load(name: str | None, progress: hub.Progress | None = None) -> Loaded:
     folder = find_model(name, progress)
     try:
         atomic.check_seal(folder, names={"tokenizer.json", "tokenizer_config.json"})
-        model = GPT.from_pretrained(folder).eval()
+        model = GPT.from_pretrained(folder)
         encoding, embedded = find_encoding(folder, model.config.vocab_size)
     except UserError as error:
         raise UserError(f"{error}{_instead(folder.parent) if not is_whole(folder) else ''}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from gpt2cli.generate import Chosen, continue_all
 from gpt2cli.model import GPT
 from gpt2cli.tokenizer import Encoding, StreamDecoder
 
+RESULT = {"text", "tokens", "finish_reason", "logprobs", "sample", "seed"}  # fields of a line of results
 OnText = Callable[[int, str], None]  # (number of the prompt, characters that are certain now)
 
 
@@ -123,7 +125,7 @@ def read_prompts(data: bytes, path: object) -> list[dict[str, Any]]:
     the `path` it is from."""
     lines: list[dict[str, Any]] = []
     try:
-        text = data.decode("utf-8")
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: bad byte at offset {error.start}") from None
     for number, line in enumerate(text.split("\n"), 1):
@@ -144,12 +146,30 @@ def read_prompts(data: bytes, path: object) -> list[dict[str, Any]]:
     return lines
 
 
+def own_fields(line: dict[str, Any]) -> dict[str, Any]:
+    """Of a line with a prompt those that are carried along: not those that its result has."""
+    return {name: value for name, value in line.items() if name not in RESULT}
+
+
+def as_line(value: dict[str, Any]) -> str:
+    """JSON, as it is read; half of a surrogate pair, which UTF-8 has no bytes for, as JSON writes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 def done_already(path: Path, lines: Sequence[dict[str, Any]], seed: int) -> int:
     """How many of `lines` have their result in a file that is to be gone on with, each with `seed` and its number. A last line
     that was not finished is cut off. Raises UserError where the file is of other prompts, or of another seed."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
-    results = data[:end].splitlines()
+    results, rest = data[:end].splitlines(), data[end:]
+    begins = as_line(own_fields(lines[len(results)]))[:-1].encode() + b", " if len(results) < len(lines) else b""
+    if rest and not (begins and (rest.startswith(begins) or begins.startswith(rest))):  # no result that was not finished
+        results.append(rest)
     for number, result in enumerate(results):
         try:
             found = json.loads(result)

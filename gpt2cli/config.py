@@ -214,10 +214,12 @@ class SamplingConfig:
             raise UserError(f"--seed must be at least 0 and below 2^62, but is {self.seed}")
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, but is {self.max_new_tokens}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"--temperature must be above 0, but is {self.temperature}; for no randomness use --greedy")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise UserError(f"--repetition-penalty must be above 0, but is {self.repetition_penalty}; 1 is none")
+        if not 1e-6 <= self.temperature < math.inf:
+            raise UserError(
+                f"--temperature must be above 0 (at least 1e-6), but is {self.temperature}; for no randomness use --greedy"
+            )
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise UserError(f"--repetition-penalty must be above 0 (1e-6 to 1e6), but is {self.repetition_penalty}; 1 is none")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"--min-p must be from 0 to 1, but is {self.min_p}")
         if self.top_k is not None and self.top_k < 1:

@@ -21,7 +21,8 @@ from gpt2cli.errors import UserError
 
 EMBEDDED = Path("shakespeare.txt.gz")  # in the package's assets; shown to people by this name
 STDIN = Path("-")
-BLOCK = 1 << 20  # bytes read at once
+# Bytes read at once. Tiktoken's regex goes back a million steps at the most in a row of spaces: two blocks are fewer.
+BLOCK = 7 << 16
 RECORD_BYTES = 64 << 20  # a line of JSON is held in memory, so it has a limit; a line of text has none
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 NAMED = KINDS | {".json": "jsonl"}  # of a file that is named: in folders such a file may be anything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +71,16 @@ def continue_all(
     """
     for n, prompt in enumerate(prompts):
         check_prompt(model, prompt, config, which=f"prompt {n + 1}" if len(prompts) > 1 else "the prompt")
-    batch = Rows(model, prompts, config, min(rows, len(prompts)), n_vocab, logprobs)
+    with evaluating(model):
+        batch = Rows(model, prompts, config, min(rows, len(prompts)), n_vocab, logprobs)
     waiting = deque(enumerate(prompts))
     while waiting or batch.rows:
         free = min(len(waiting), batch.size - len(batch.rows))
-        batch.admit([Row(*waiting.popleft(), config) for _ in range(free)])
-        batch.choose()
-        if ahead := batch.can_go_ahead():
-            batch.step()
+        with evaluating(model):
+            batch.admit([Row(*waiting.popleft(), config) for _ in range(free)])
+            batch.choose()
+            if ahead := batch.can_go_ahead():
+                batch.step()
         step = []
         for row, token, logprob in batch.chosen():
             if token == eot:
@@ -94,7 +97,21 @@ def continue_all(
         yield step
         batch.leave_out()
         if not ahead:
-            batch.step()
+            with evaluating(model):
+                batch.step()
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Without dropout, also where `model` is being trained; and then as it was."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_prompt(model: GPT, prompt: Sequence[int], config: SamplingConfig, which: str = "the prompt") -> None:

@@ -132,6 +132,6 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         if len(rows) > FEW:
-            return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
+            return F.linear(x, self.weight * self.scale.to(x.dtype)[:, None], self.bias)
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).view(*x.shape[:-1], -1)  # (..., out), bf16
         return (y if self.bias is None else y + self.bias).to(x.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpt2cli.product import onednn, suits_onednn
 
+IGNORED = -100  # as `F.cross_entropy` has it
 ROWS_IN_CACHE = 16  # of V logits in fp32: 3 MB with GPT-2's vocabulary
 VOCABULARY_AT_ONCE = 8192  # rows of the weight's gradient; 2,048 to 16,384 were as fast
 
@@ -31,8 +32,8 @@ def multiple(device_type: str) -> int:
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`F.cross_entropy(F.linear(x, weight).float(), targets)`: the mean in nats, of x (N, C), weight (V, C), targets (N).
-    Under autocast the products run in its dtype, the softmax in fp32."""
+    """`F.cross_entropy(F.linear(x, weight).float(), targets)`: the mean in nats, of x (N, C), weight (V, C), targets (N), of
+    which those of -100 count for nothing. Under autocast the products run in its dtype, the softmax in fp32."""
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     with torch.autocast(device_type, enabled=False):
@@ -49,41 +50,44 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_w = weight.new_empty(len(w), x.shape[1]) if need_grad else None  # (V, C)
         fast = suits_onednn(x, w)
         size = rows_at_once(x.device.type, dtype)
+        counts = targets != IGNORED  # (N)
+        ids = targets.where(counts, 0)
         for start in range(0, len(x), size):
             a = x[start : start + size].to(dtype)  # (n, C)
-            target = targets[start : start + size, None]  # (n, 1)
+            target, counted = ids[start : start + size, None], counts[start : start + size, None]  # (n, 1)
             logits = onednn(a, w) if fast else a @ w.T  # (n, V)
             if more:
                 logits[:, -more:] = -torch.inf  # of no probability, and so without a gradient
-            total += into_gradient(logits, target, need_grad)
+            total += into_gradient(logits, target, counted, need_grad)
             if grad_w is not None:
-                grad_x[start : start + size] = onednn(logits, w.t()) if fast else logits @ w
-                add_product(grad_w, logits.T, a, first=start == 0)
+                grad_x[start : start + size] = (onednn(logits, w.t()) if fast else logits @ w) * counted
+                add_product(grad_w, logits.T, a * counted, first=start == 0)
             del logits  # before the next ones
+        ctx.count = counts.sum()
         ctx.gradients = grad_x, grad_w if grad_w is None else grad_w[: len(weight)]
-        return total / len(x)
+        return total / ctx.count
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_w = ctx.gradients  # a second backward fails here, since the first one changes them in place
         ctx.gradients = None
-        scale = grad_outputs[0] / len(grad_x)
+        scale = grad_outputs[0] / ctx.count
         return grad_x.mul_(scale), grad_w.mul_(scale), None, None, None
 
 
-def into_gradient(logits: Tensor, target: Tensor, need_grad: bool) -> Tensor:
-    """The sum of the cross entropies of logits (n, V) and targets (n, 1), with the softmax in fp32; where the logits were is
-    then their gradient, but for the mean's 1 / N, or nothing of use where none is needed."""
+def into_gradient(logits: Tensor, target: Tensor, counted: Tensor, need_grad: bool) -> Tensor:
+    """The sum of the cross entropies of logits (n, V) and targets (n, 1) where they are `counted` (n, 1), with the softmax in
+    fp32; where the logits were is then their gradient, but for the mean's 1 / N, or nothing of use where none is needed."""
     # On a CPU a few rows at a time, which stay in its caches until the last of this is done to them.
     rows = ROWS_IN_CACHE if logits.device.type == "cpu" and not torch.compiler.is_compiling() else len(logits)
     total = torch.zeros((), device=logits.device)
-    for part, ids in zip(logits.split(rows), target.split(rows), strict=True):
+    for part, ids, mask in zip(logits.split(rows), target.split(rows), counted.split(rows), strict=True):
         top = part.amax(dim=1, keepdim=True).float()  # (n, 1)
         expected = part.gather(1, ids).float()  # (n, 1)
         p = probabilities(part)  # (n, V)
         # The log of the sum of exponentials, from the likeliest id's, since the target's probability may vanish.
         lse = top - p.amax(dim=1, keepdim=True).log()  # (n, 1)
-        total += (lse - expected).sum()
+        total += (lse - expected).where(mask, 0.0).sum()
         if need_grad:
             p.scatter_add_(1, ids, p.new_full(ids.shape, -1.0))
             if p is not part:

@@ -188,10 +188,11 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> GPT:
         """A GPT-2 from a local HuggingFace folder or from the hub (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or any
-        `owner/name`), in fp32. Raises UserError where it is not there or is no GPT-2."""
+        `owner/name`), in fp32 and, as transformers has it, in evaluation mode: `train()` turns its dropout on. Raises
+        UserError where it is not there or is no GPT-2."""
         from gpt2cli.formats import hub, huggingface
 
-        return cls.from_state(*huggingface.read(hub.find(str(name_or_folder))))
+        return cls.from_state(*huggingface.read(hub.find(str(name_or_folder)))).eval()
 
     @classmethod
     def on_meta(cls, config: GPTConfig) -> GPT:

@@ -1,5 +1,6 @@
 """Text from text: stop strings, streaming, files of prompts, and the command around them."""
 
+import codecs
 import io
 import json
 import random
@@ -159,9 +160,24 @@ def test_a_file_of_results_that_was_cut_off_is_gone_on_with(gpt2, run_folder):
     Path("o.jsonl").write_bytes(whole + whole)
     assert "line 11 is not what prompt 11" in gpt2(*command, "--resume").err
     assert Path("o.jsonl").read_bytes() == whole + whole
+    for other in (b"an essay without a line break", b'{"prompt": "O "}', whole + b"and more", whole[: ends[2]] + b"and more"):
+        Path("o.jsonl").write_bytes(other)  # nothing of it was ours to cut off
+        assert "it is of another job" in gpt2(*command, "--resume").err and Path("o.jsonl").read_bytes() == other
     Path("o.jsonl").unlink()
     assert gpt2(*command, "--resume").code == 0 and Path("o.jsonl").read_bytes() == whole
     assert "add --prompts and --out" in gpt2("sample", run_folder, "--prompt", "O", "--resume").err
+
+
+def test_the_fields_of_a_line_go_along_but_for_those_that_its_result_has(gpt2, run_folder):
+    line = {"prompt": "O", "title": "\ud83d", "logprobs": [1], "sample": 9, "text": "old", "seed": 3}
+    Path("p.jsonl").write_bytes(codecs.BOM_UTF8 + (json.dumps(line) + '\n{"prompt": "naïve"}\n').encode())
+    command = ["sample", run_folder, "--prompts", "p.jsonl", "--out", "o.jsonl", "--max-new-tokens", 2, "--ignore-eos"]
+    assert gpt2(*command).code == 0
+    first, second = Path("o.jsonl").read_text(encoding="utf-8").splitlines()
+    found = json.loads(first)
+    assert found.keys() == {"prompt", "title", "seed", "text", "tokens", "finish_reason"} and found["title"] == "\ud83d"
+    assert found["seed"] == SamplingConfig().seed and found["text"] != "old" and '"naïve"' in second
+    assert "has all 2 results already" in gpt2(*command, "--resume").err
 
 
 def test_prompts_come_from_standard_input_too(gpt2, run_folder, monkeypatch):

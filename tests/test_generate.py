@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2cli import GPT
 from gpt2cli.ahead import Graphs, Readback, put
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
@@ -387,7 +388,9 @@ def test_int8_weights_are_the_weights_to_half_a_step_and_rows_do_not_see_each_ot
     assert ((kept - weight).abs() <= 0.51 * step + 0.005 * weight.abs().amax(dim=1, keepdim=True)).all()
     expected = x @ kept.t() + bias
     assert ((layer(x) - expected).abs() <= 0.01 * (x.abs() @ kept.abs().t() + bias.abs())).all()
-    if rows <= 64:
+    if rows > 64:  # in fp32
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-3)
+    else:
         assert torch.equal(layer(x)[:1], layer(x[:1]))
 
 
@@ -403,6 +406,19 @@ def test_many_rows_of_int8_are_multiplied_in_fp32_by_what_int8_stands_for():
     ids = torch.arange(32)[None]
     with torch.inference_mode():
         assert (many(ids)[0] - plain(ids)[0]).abs().max() < 1e-5 < (many(ids)[0] - make_model()(ids)[0]).abs().max()
+
+
+def test_a_model_that_is_at_training_generates_without_dropout_and_is_at_training_again(tmp_path):
+    model = make_model(dropout=0.5, attn_dropout=0.5)
+    expected = first_row(generate(model, PROMPT, GREEDY))
+    model.train().h[0].eval()
+    before = [module.training for module in model.modules()]
+    new = generate(model, PROMPT, GREEDY)
+    assert [next(new), *new] == [[token] for token in expected]
+    assert [module.training for module in model.modules()] == before
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config.dropout == 0.5 and not any(module.training for module in loaded.modules())
 
 
 def test_a_model_with_int8_weights_is_nearly_the_model():

@@ -122,6 +122,23 @@ def test_the_fused_loss_is_cross_entropy_in_value_and_gradients(rows, large, pad
         assert ours.grad.shape == expected.grad.shape and torch.allclose(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("ignored", [[], [0, 3, AT_ONCE], range(AT_ONCE + 5)])
+def test_targets_of_minus_100_count_for_nothing(ignored):
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(AT_ONCE + 5, 24), torch.randn(300, 24), torch.randint(300, (AT_ONCE + 5,))
+    targets[list(ignored)] = -100
+    both = [[x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2)]
+    fused, plain = linear_cross_entropy(*both[0], targets), F.cross_entropy(F.linear(*both[1]), targets)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-5, nan_ok=True)
+    if len(ignored) < len(x):
+        fused.backward(), plain.backward()
+        for ours, expected in zip(*both, strict=True):
+            assert torch.allclose(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    targets[1] = -1
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(*both[0], targets)
+
+
 def test_the_fused_loss_stays_finite_where_the_targets_probability_vanishes():
     x = torch.tensor([[1000.0, 0.0]], requires_grad=True)
     loss = linear_cross_entropy(x, torch.eye(2), torch.tensor([1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -289,10 +288,12 @@ class Lines(Quiet):
         self.ordered = InOrder(file.write)
 
     def end(self, number: int, sample: Sample) -> None:
+        from gpt2cli.complete import as_line, own_fields
+
         result = {key: value for key, value in asdict(sample).items() if value is not None}
         which = {"sample": (self.before + number) % self.num_samples} if self.num_samples > 1 else {}
-        line = self.lines[number] | which | {"seed": self.seed + number} | result
-        self.ordered.put(number, json.dumps(line, ensure_ascii=False))
+        line = own_fields(self.lines[number]) | which | {"seed": self.seed + number} | result
+        self.ordered.put(number, as_line(line))
         self.file.flush()
 
     def interrupted(self) -> None:

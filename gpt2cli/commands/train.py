@@ -302,7 +302,6 @@ def sampler(plan: Plan) -> Any:
         raise UserError(f"--sample-prompt has {len(ids):,} tokens; expected 1 to {plan.model.block_size:,}")
 
     def sample(model: GPT) -> Sequence[str]:
-        model.eval()
         config = SamplingConfig(max_new_tokens=min(100, max(1, model.config.block_size - len(ids))))
         with in_any_order():
             new = [row[0] for row in generate(model, ids, config, eot=encoding.eot, n_vocab=encoding.n_vocab)]
