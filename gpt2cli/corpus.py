@@ -97,6 +97,8 @@ def tokenize(
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers must be 1 to {MOST_WORKERS}, but is {workers}")
     atomic.check_place(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} already exists and is a file, but shards go into a folder: give another one with --out")
     with prepare(inputs, out, encoding, policy, train_vocab, progress) as job:
         job.layout, job.shard_tokens, job.fast = layout, shard_tokens, fast
         return job.run(out, workers)

@@ -53,7 +53,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers bit for bit, the wider type being the narrower one's exact widening."""
     wide = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(wide), b.to(wide)
-    return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a, b) or torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)  # flat: a last dimension of 1 may have any stride
 
 
 def _within_q8(before: Tensor, after: Tensor) -> bool:

@@ -91,9 +91,10 @@ class Encoding:
         return Encoding({token: n for n, token in enumerate(tokens)}, merges, eot=len(tokens))
 
     @staticmethod
-    def from_folder(folder: Path) -> Encoding | None:
+    def from_folder(folder: str | Path) -> Encoding | None:
         """The byte-level BPE in a folder of a model, of tokens or of a run, or in a `tokenizer.json` itself; None where there
         is none. Raises UserError for a tokenizer of another kind."""
+        folder = Path(folder)
         if (folder / "run.json").is_file():
             folder = max(folder.glob("step-*"), default=folder)  # all checkpoints of a run have the same
         try:
@@ -101,11 +102,8 @@ class Encoding:
             if file.is_file():
                 return _from_tokenizer_json(json.loads(file.read_text(encoding="utf-8")), folder)
             for names in _VOCAB_FILES:
-                ids, merges = (folder / name for name in names)
-                if ids.is_file() and merges.is_file():
-                    vocab = json.loads(ids.read_text(encoding="utf-8"))
-                    lines = merges.read_text(encoding="utf-8").split("\n")
-                    return _from_vocab(vocab, [line for line in lines if line and not line.startswith("#version")], folder)
+                if all((folder / name).is_file() for name in names):
+                    return _from_vocab_files(folder, *names)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -238,19 +236,41 @@ def parse_merges(lines: Iterable[str]) -> list[Merge]:
     return merges
 
 
+def _from_vocab_files(folder: Path, ids: str, merges: str) -> Encoding:
+    vocab = json.loads((folder / ids).read_text(encoding="utf-8"))
+    added = folder / "added_tokens.json"  # of older fine-tunes; the vocabulary's own id goes first, as in transformers
+    vocab = (json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}) | vocab
+    lines = (folder / merges).read_text(encoding="utf-8").split("\n")
+    return _from_vocab(vocab, [line for line in lines if line and not line.startswith("#version")], folder)
+
+
 def _from_tokenizer_json(data: dict[str, Any], folder: Path) -> Encoding:
-    def steps(part: Any) -> Iterator[dict[str, Any]]:
-        yield from part["pretokenizers"] if part and part["type"] == "Sequence" else [part or {}]
+    def steps(part: Any, within: str) -> Iterator[dict[str, Any]]:
+        yield from part[within] if part and part["type"] == "Sequence" else [part or {}]
 
     model = data["model"]
     if model["type"] != "BPE" or data.get("normalizer"):
         raise AnotherKind(f"{folder}: its tokenizer is not a plain byte-level BPE like GPT-2's ({model['type']})")
-    for step in steps(data.get("pre_tokenizer")):
+    for step in steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") != "ByteLevel" or step.get("add_prefix_space") or not step.get("use_regex", True):
             raise AnotherKind(f"{folder}: its pre-tokenizer is not GPT-2's ({step.get('type')})")
+    for step in steps(data.get("post_processor"), "processors"):
+        if not _adds_nothing(step):
+            raise AnotherKind(f"{folder}: its tokenizer may add tokens to a text, which GPT-2's does not ({step.get('type')})")
+    for token in data.get("added_tokens", []):
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise AnotherKind(f"{folder}: its token {token['content']} takes spaces or words around it into account")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    return _from_vocab(model["vocab"] | added, merges, folder)
+    return _from_vocab(added | model["vocab"], merges, folder)
+
+
+def _adds_nothing(step: dict[str, Any]) -> bool:
+    """Whether a step of a post-processor leaves the ids of a text alone, as ByteLevel does. transformers also writes a template
+    of nothing but the text."""
+    if step.get("type") == "TemplateProcessing":
+        return [list(piece) for piece in step["single"]] == [["Sequence"]]
+    return step.get("type") in (None, "ByteLevel")
 
 
 def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> Encoding:
@@ -260,9 +280,13 @@ def _from_vocab(vocab: dict[str, int], lines: Sequence[str], folder: Path) -> En
     if not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in vocab.values()):
         raise UserError(f"{folder}: its vocabulary gives a token an id that is none")
     eot = vocab.pop(END_OF_TEXT)
+    try:
+        ids = {to_bytes(written): n for written, n in vocab.items()}
+    except KeyError:
+        foreign = next(written for written in vocab if set(written) - byte_of_character().keys())
+        raise AnotherKind(f"{folder}: its token {foreign!r} is not written in bytes as GPT-2 writes them") from None
     merges = parse_merges(lines)
     joined = [left + right for left, right in merges]
-    ids = {to_bytes(written): n for written, n in vocab.items()}
     # tiktoken merges in order of id, HuggingFace in order of the list: they must be the same order.
     order = [ids[token] for token in joined]
     if len({*ids.values(), eot}) != len(ids) + 1:

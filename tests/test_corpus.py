@@ -208,6 +208,30 @@ def test_gigatoken_is_used_once_it_proved_equal(tmp_path, monkeypatch, shakespea
     assert same_shards(tmp_path / "slow", tmp_path / "fast")
 
 
+def test_gigatoken_is_tiktoken_on_every_character_and_is_not_asked_about_those_that_are_new():
+    pytest.importorskip("gigatoken")
+    fast, slow = (encode.Encoder(Encoding.gpt2(), "strict", fast=fast).make() for fast in (True, False))
+    codes = [code for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(codes), 1 << 16):
+        text = "".join(f" {c}'m 1{c} {c}" for c in map(chr, codes[start : start + (1 << 16)]) if not encode._unknown()[ord(c)])
+        assert not encode.has_new_characters(text.encode())
+        assert np.array_equal(fast(text.encode()), slow(text.encode())), f"{codes[start]:x} and on"
+    for new in ("\U0003315c", "\ua7ce", "\U000e0080"):
+        text = f"so {new}'m 1{new}".encode()
+        assert encode.has_new_characters(text) and np.array_equal(fast(text), slow(text))
+
+
+@pytest.mark.parametrize("spaces", [1_040_000, 2_200_000])
+def test_a_million_spaces_in_a_row_are_encoded(tmp_path, spaces):
+    """Tiktoken's regex gives up where it has to go back so far."""
+    (tmp_path / "a.txt").write_text("x" + " " * spaces + "y\n")
+    run([tmp_path / "a.txt"], tmp_path / "out", fast=False, policy=Policy(val_fraction=0.0))
+    found = ids_of(tmp_path / "out")[1:]
+    assert Encoding.gpt2().decode(found) == "x" + " " * spaces + "y\n"
+    few = Encoding.gpt2().encode("x" + " " * 100_000 + "y\n")
+    assert found[:5000] == few[:5000] and found[-5000:] == few[-5000:]
+
+
 @pytest.mark.parametrize("fault", ["other ids", "raises", "not installed"])
 def test_a_faster_encoder_that_is_not_equal_is_not_used(tmp_path, monkeypatch, shakespeare, fault):
     class Tokenizer:
@@ -637,6 +661,32 @@ def test_finished_work_is_kept_and_other_work_is_never_overwritten(tmp_path, tex
     for other in ({"policy": Policy(val_fraction=0.2)}, {"shard_tokens": 500}, {"layout": "nanogpt"}):
         with pytest.raises(UserError, match="already exists and was made of"):
             run([text_file], tmp_path / "out", **other)
+
+
+def test_a_file_in_the_way_is_told_before_anything_is_read(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(corpus, "survey", None)
+    with pytest.raises(UserError, match=r"input\.txt already exists and is a file"):
+        run([text_file], text_file)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--show", "--train-vocab", 300, "--out", "zz", "--json"), "--out, --train-vocab, --json do nothing with --show"),
+        (("--show", "--val-fraction", 0.05), "--val-fraction does nothing with --show"),  # its default, but given
+        (("--decode", "--show"), "--show does nothing with --decode"),
+        (("--decode", "--plain", "--field", "body"), "--field, --plain do nothing with --decode"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(gpt2, text_file, options, says):
+    done = gpt2("tokenize", text_file, *options)
+    assert (done.code, done.out) == (1, "") and says in done.err
+
+
+def test_options_that_say_how_to_read_go_with_show(gpt2, tmp_path):
+    (tmp_path / "a.txt").write_text('{"body": "Hello"}')
+    done = gpt2("tokenize", "a.txt", "--show", "--format", "jsonl", "--field", "body", "--plain", "--errors", "replace")
+    assert done.code == 0 and "15496" in done.out
 
 
 # ==== for nanoGPT ====

@@ -182,7 +182,18 @@ def test_ranks_whose_launcher_was_killed_save_and_stop(text_file):
     _, err = end(process, -signal.SIGKILL, seconds=120)  # its output ends with that of the ranks
     (folder,) = checkpoint.checkpoints(Path("run"))
     assert checkpoint.is_whole(folder) and checkpoint.was_stopped(folder)
-    assert f"is gone, after step {checkpoint.step_of(folder)}, which is saved" in err
+    assert f"stopped after step {checkpoint.step_of(folder)}, which is saved" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_rank_that_waits_for_others_leaves_when_its_launcher_is_gone(text_file):
+    code = "import os, subprocess, sys; rank = os.environ | {'RANK': '0', 'GPT2CLI_LAUNCHER': str(os.getpid())}; "
+    code += "subprocess.Popen([sys.executable, '-m', 'gpt2cli', 'train', 'input.txt', '--device', 'cpu'], env=rank)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = start([sys.executable, "-c", code], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert end(launcher, seconds=120) == ("", "")  # its output ends with that of the rank
 
 
 def rank_of(pid):

@@ -1,9 +1,10 @@
 import json
+import re
 
 import pytest
 
 from gpt2cli.errors import UserError
-from gpt2cli.tokenizer import Encoding, StreamDecoder
+from gpt2cli.tokenizer import AnotherKind, Encoding, StreamDecoder
 
 TEXTS = [
     "Hello world",
@@ -95,6 +96,71 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change):
     change(written)
     (tmp_path / "tokenizer.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match=str(tmp_path)):
+        Encoding.from_folder(tmp_path)
+
+
+ADDED = {"id": 50257, "content": "<|pad|>", "lstrip": False, "rstrip": False, "single_word": False}
+TEXT, EOT = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+
+
+def template(*single):
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+
+
+def edited(folder, change):
+    """An Encoding of GPT-2's tokenizer.json after a change to it."""
+    Encoding.gpt2().save(folder)
+    written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(written)
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    return Encoding.from_folder(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: t["added_tokens"].append(ADDED), "256 bytes and one token a merge"),
+        (lambda t: t["added_tokens"].append(ADDED | {"content": "<|im start|>"}), "'<|im start|>' is not written in bytes"),
+        (lambda t: t["added_tokens"][0].update(rstrip=True), "takes spaces or words around it into account"),
+        (lambda t: t["added_tokens"][0].update(lstrip=True), "takes spaces or words around it into account"),
+        (lambda t: t["added_tokens"][0].update(single_word=True), "takes spaces or words around it into account"),
+        (lambda t: t.update(post_processor=template(EOT, TEXT)), "may add tokens to a text"),
+        (lambda t: t.update(post_processor={"type": "Sequence", "processors": [BYTES, template(TEXT, EOT)]}), "may add"),
+    ],
+)
+def test_what_transformers_would_encode_otherwise_is_of_another_kind(tmp_path, change, says):
+    with pytest.raises(AnotherKind, match=re.escape(says)):
+        edited(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["added_tokens"][0].update(normalized=True, id=50300),  # which the vocabulary knows better
+        lambda t: t.update(post_processor=BYTES),  # as OpenAI's own on the hub
+        lambda t: t.update(post_processor=None),
+        lambda t: t.update(post_processor=template(TEXT)),  # as transformers makes of vocab.json and merges.txt
+        lambda t: t.update(post_processor={"type": "Sequence", "processors": [BYTES, template(TEXT)]}),
+    ],
+)
+def test_what_changes_no_id_is_gpt2s(tmp_path, change):
+    assert edited(tmp_path, change).sha256 == Encoding.gpt2().sha256
+
+
+def test_tokens_added_beside_an_older_vocabulary_count(tmp_path):
+    encoding = Encoding.gpt2()
+    model = json.loads(encoding.files["tokenizer.json"])["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *model["merges"], ""]), encoding="utf-8")
+    for known in ({}, {"<|endoftext|>": 50256}, {"<|endoftext|>": 50300}):  # for transformers the first file has the say
+        (tmp_path / "added_tokens.json").write_text(json.dumps(known))
+        assert Encoding.from_folder(tmp_path).sha256 == encoding.sha256
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": 50257}))
+    with pytest.raises(AnotherKind, match="one token a merge"):
+        Encoding.from_folder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read"):
         Encoding.from_folder(tmp_path)
 
 

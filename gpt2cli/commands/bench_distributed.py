@@ -38,6 +38,7 @@ def distributed(
         raise UserError(f"--parallel {parallel} is unknown; expected {', '.join(CHOICES['parallel'])}")
     if nproc is not None:
         raise typer.Exit(launch.start(nproc, context.obj))
+    launch.follow()
 
     from gpt2cli import bench_distributed
     from gpt2cli.commands import console

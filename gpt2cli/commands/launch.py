@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -119,9 +120,16 @@ def _without_nproc(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def is_gone() -> bool:
-    """Whether this is a rank whose launcher has ended, as by SIGKILL, which nobody can pass on."""
-    return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
+def follow() -> None:
+    """In a rank: have SIGTERM come when the launcher is gone, as by SIGKILL, which nobody can pass on."""
+
+    def wait(launcher: int) -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if LAUNCHER in os.environ:
+        threading.Thread(target=wait, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
 
 
 def restarts() -> bool:

@@ -1,4 +1,4 @@
-"""What stops a run early: signals, a limit of time, and a launcher that is gone."""
+"""What stops a run early: signals, and a limit of time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StopRequest:
 
     def __init__(self, max_minutes: float | None) -> None:
         self.number = 0  # of the signal
-        self.by = ""  # what else asks, where no signal came first
+        self.by = ""  # --max-minutes, where no signal came first
         self._asked_at = 0.0
         self._began = False
         self._max_minutes = max_minutes
@@ -70,8 +70,6 @@ class StopRequest:
         """Asked before each step. The first is always done, or a queue whose limit is too short would never get anywhere."""
         if self._began and not self.number and time.monotonic() >= self._end:
             self.by = f" by --max-minutes {self._max_minutes:g}"
-        if launch.is_gone():
-            self.by = ", since the process that started this one is gone,"
         self._began = True
         return self.was_asked
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpt2cli.commands import show as looking
+from gpt2cli.commands.settings import source_of
+from gpt2cli.commands.stop import listen
 from gpt2cli.config import CHOICES, TrainConfig
 from gpt2cli.errors import UserError
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 DATA, VOCABULARY, MACHINE, LOOKING = "Data", "Vocabulary", "Machine", "Looking, without writing shards"
 DEFAULT = TrainConfig()
+# Options that do nothing there.
+NOT_SHOWN = ("out", "to", "val_fraction", "split", "shard_tokens", "train_vocab", "workers", "as_json")
+NOT_DECODED = (*NOT_SHOWN, "format", "field", "plain", "errors", "show")
 
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
@@ -26,6 +31,7 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 
 def command(
+    context: typer.Context,
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -77,7 +83,8 @@ def command(
     from gpt2cli import corpus
     from gpt2cli.survey import Policy
 
-    check_options(train_vocab, tokenizer, tokens_range, decode)
+    listen()
+    check_options(context)
     encoding = find_encoding(tokenizer)
     policy = Policy(val_fraction, plain, errors, split, format, field)
     paths = [Path(path) for path in inputs]
@@ -91,12 +98,19 @@ def command(
     tell(manifest, out, as_json)
 
 
-def check_options(train_vocab: int | None, tokenizer: Path | None, tokens_range: str | None, decode: bool) -> None:
+def check_options(context: typer.Context) -> None:
     """Raises UserError for options that do not go together."""
-    if train_vocab and tokenizer:
-        raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
-    if tokens_range is not None and not decode:
+    given = context.params
+    if given["tokens_range"] is not None and not given["decode"]:
         raise UserError("--range is for --decode")
+    mode, idle = ("--decode", NOT_DECODED) if given["decode"] else ("--show", NOT_SHOWN if given["show"] else ())
+    written = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    found = [written[name] for name in idle if source_of(context, name) == "COMMANDLINE"]
+    if found:
+        does, them = ("does", "it") if len(found) == 1 else ("do", "them")
+        raise UserError(f"{', '.join(found)} {does} nothing with {mode}, which writes no shards: leave {them} or {mode} out")
+    if given["train_vocab"] and given["tokenizer"]:
+        raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
 
 
 def tell(manifest: Manifest, out: Path, as_json: bool) -> None:

@@ -144,6 +144,7 @@ def command(
     """
     if nproc is not None:
         raise typer.Exit(launch.start(nproc, context.obj))
+    launch.follow()
     if log not in (None, "tensorboard"):
         raise UserError(f"--log {log} is unknown; expected tensorboard")
     stop = StopRequest(max_minutes)

@@ -97,7 +97,7 @@ def write(path: Path, contents: Contents, dtype: str) -> list[str]:
         file.write(header.tobytes())
         for name in _order(config):
             tensor = contents.weights[name].to(stored).contiguous()
-            file.write(tensor.view(torch.uint8).numpy().data)
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
             if name == "wte.weight":
                 file.write(bytes((padded - config.vocab_size) * config.n_embd * stored.itemsize))
     return []
