@@ -675,6 +675,7 @@ def test_a_file_in_the_way_is_told_before_anything_is_read(tmp_path, text_file, 
         (("--show", "--train-vocab", 300, "--out", "zz", "--json"), "--out, --train-vocab, --json do nothing with --show"),
         (("--show", "--val-fraction", 0.05), "--val-fraction does nothing with --show"),  # its default, but given
         (("--decode", "--show"), "--show does nothing with --decode"),
+        (("--to", "nanogpt", "--shard-tokens", 5), "--shard-tokens is for shards"),
         (("--decode", "--plain", "--field", "body"), "--field, --plain do nothing with --decode"),
     ],
 )

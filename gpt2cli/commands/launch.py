@@ -37,6 +37,7 @@ def start(nproc: int, arguments: Sequence[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // nproc)
     common = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), LAUNCHER: os.getpid()}
+    common["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")  # where a rank is lost it warns in pages
     command = [sys.executable, "-m", "gpt2cli", *_without_nproc(arguments)]
     processes: list[subprocess.Popen[bytes]] = []
     came: list[int] = []  # signals

@@ -109,6 +109,8 @@ def check_options(context: typer.Context) -> None:
     if found:
         does, them = ("does", "it") if len(found) == 1 else ("do", "them")
         raise UserError(f"{', '.join(found)} {does} nothing with {mode}, which writes no shards: leave {them} or {mode} out")
+    if given["to"] == "nanogpt" and source_of(context, "shard_tokens") == "COMMANDLINE":
+        raise UserError("--shard-tokens is for shards: nanoGPT's train.bin is one file")
     if given["train_vocab"] and given["tokenizer"]:
         raise UserError("--train-vocab and --tokenizer both say what the vocabulary is: give one of them")
 
