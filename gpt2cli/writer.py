@@ -91,7 +91,6 @@ class Writer:
     def _save(self, held: list[checkpoint.Snapshot]) -> None:
         state = held.pop()  # the pool lets go of what it was given only after it has told that it is done
         try:
-            checkpoint.check_there(self.run)
             atomic.flush(self.run / metrics.NAME)  # its lines are to be there when the checkpoint is
             checkpoint.write(self.run, state)
         except OSError as error:
