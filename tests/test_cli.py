@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 
 import gpt2cli
 from gpt2cli import checkpoint
 from gpt2cli.commands import console
 from gpt2cli.commands.stop import StopRequest
 from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
+from gpt2cli.distributed import joined
 
 from .conftest import QUICK, TINY
 
@@ -166,8 +168,24 @@ def test_settings_come_from_a_toml_file_or_a_run_and_the_command_line_wins(gpt2,
     assert "unknown setting 'layers'" in gpt2("train", "--config", "config.toml").err
     Path("config.toml").write_text("n-layer = true\n")
     assert "n_layer is true; expected what --n-layer takes" in gpt2("train", "--config", "config.toml").err
-    Path("config.toml").write_text("deterministic = true\nn-layer = 3\n")
+    Path("config.toml").write_text("n-layer = [3]\n")
+    assert "n_layer is [3]; expected what --n-layer takes" in gpt2("train", "--config", "config.toml").err
+    Path("config.toml").write_text("plain = 3\n")
+    assert gpt2("train", "--config", "config.toml").code == 2
+    Path("config.toml").write_text("deterministic = true\nn-layer = 3.0\n")
     assert "3 layers" in gpt2("train", text_file, "--config", "config.toml", "--dry-run").err
+
+
+def test_the_values_of_a_command_line_may_be_strings_as_typers_before_0_29_have_them(text_file):
+    from gpt2cli.commands import app, train
+
+    main = typer.main.get_command(app.app)
+    line = [str(text_file), *QUICK, "--out", "run", "--cache-dir", "cache"]
+    context = main.commands["train"].make_context("train", line, parent=typer.Context(main))
+    context.params |= {name: str(context.params[name]) for name in ("data", "out", "cache_dir")}
+    with joined() as ranks, console.Bars() as bars:
+        plan = train.decide(context, ranks, bars)
+    assert plan.out == Path("run") and Path("cache").is_dir()
 
 
 def test_resume_with_the_same_command_line_starts_goes_on_and_finds_the_newest_run(gpt2, text_file):

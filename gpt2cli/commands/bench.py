@@ -131,7 +131,7 @@ def train(
 @app.command()
 def sample(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="As for gpt2 sample; without it random weights of --preset.")
+        str | None, typer.Argument(metavar="MODEL", help="As for gpt2 sample; without it random weights of --preset.")
     ] = None,
     preset: Preset = "seed",
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
@@ -204,7 +204,7 @@ def sample(
 def tokenize(
     text: Annotated[
         Path | None,
-        typer.Argument(metavar="[TEXT]", help="UTF-8; by default the embedded Shakespeare eight times."),
+        typer.Argument(metavar="TEXT", help="UTF-8; by default the embedded Shakespeare eight times."),
     ] = None,
     workers: Annotated[str, typer.Option(help="Numbers of processes, separated by commas.")] = "1,2",
     repeats: Annotated[int, typer.Option(help="Turns; the median is shown.", min=1)] = 5,

@@ -19,7 +19,7 @@ def command(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SOURCE]",
+            metavar="SOURCE",
             help="A run, a checkpoint, a HuggingFace or OpenAI folder, a nanoGPT or build-nanogpt .pt, or an llm.c .bin.",
         ),
     ] = None,

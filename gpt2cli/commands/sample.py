@@ -30,7 +30,7 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A run (its best checkpoint), a model folder or a hub name such as gpt2; without it the newest run.",
         ),
     ] = None,
@@ -143,7 +143,7 @@ def check_options(context: typer.Context) -> None:
     given = context.params
     if given["prompts"] and (given["prompt"] is not None or given["prompt_file"] or given["as_json"]):
         raise UserError("--prompts brings the prompts and gives JSONL: leave out --prompt, --prompt-file and --json")
-    if given["out"] and not given["prompts"]:
+    if given["out"] is not None and given["prompts"] is None:
         raise UserError("--out is for what --prompts gives; a single prompt's text goes to stdout: gpt2 sample ... > FILE")
     if given["resume"] and not given["out"]:
         raise UserError("--resume goes on with the file that --prompts gave: add --prompts and --out")

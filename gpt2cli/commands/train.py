@@ -43,7 +43,7 @@ def command(
     data: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[INPUT]",
+            metavar="INPUT",
             help="Text, .jsonl, .parquet, a folder of them, - for stdin, or a folder of token shards; by default Shakespeare.",
         ),
     ] = None,
@@ -169,6 +169,8 @@ def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
     from gpt2cli.resume import resume_plan
 
     values = {name: value for name, value in context.params.items() if name not in overridden(context)}
+    # Before 0.29 typer makes Paths only of what it calls `command` with, and has strings here.
+    values |= {name: Path(values[name]) for name in ("data", "out", "cache_dir") if values.get(name) is not None}
     given = {name: value for name, value in values.items() if source_of(context, name) != "DEFAULT"}
     data, out, cache = values.get("data"), values["out"], values["cache_dir"]
     if values.get("mixture"):
