@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,24 +45,27 @@ class Graphs:
     """Work that recurs, as CUDA graphs where `used`, which it is on CUDA until recording fails."""
 
     failed = False  # once in a process is enough
+    done: ClassVar[set[Hashable]] = set()  # what was done in this process, so that its kernels are loaded
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kind: Hashable = None) -> None:
+        """`kind` is what the work depends on beside the keys."""
         self.used = device.type == "cuda" and not Graphs.failed
-        self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._device, self._kind = device, kind
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # of memory; the graphs share it, since none runs beside another
         self._stream: torch.cuda.Stream | None = None  # to record on
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`, which is the same for the same `key`: it reads and writes tensors that stay where they are, and the host
-        neither looks at one nor takes part. The first time it runs as it is, which loads its kernels; the second time it is
-        recorded; from then on the record runs."""
-        if not self.used or key not in self._graphs:
-            self._graphs[key] = None
+        neither looks at one nor takes part. The first time in a process it runs as it is, which loads its kernels; the second
+        time it is recorded; from then on the record runs."""
+        if not self.used or (self._kind, key) not in Graphs.done:
             work()
+            if self.used:
+                Graphs.done.add((self._kind, key))
             return
         try:
-            graph = self._graphs[key] or self._record(work)
+            graph = self._graphs.get(key) or self._record(work)
         except RuntimeError as error:  # of CUDA: recording has done nothing, so the work is still to do
             self.used, Graphs.failed = False, True
             work()
@@ -82,7 +85,12 @@ class Graphs:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    work()
-                finally:
-                    graph.capture_end()
+                    try:
+                        work()
+                    finally:
+                        graph.capture_end()
+                except RuntimeError:
+                    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                    generator.graphsafe_set_state(generator.clone_state())  # it believes that it is still being recorded
+                    raise
         return graph

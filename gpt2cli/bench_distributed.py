@@ -18,7 +18,7 @@ from gpt2cli.data import micro_steps
 from gpt2cli.distributed import Ranks
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
-from gpt2cli.step import Batch, build, train_step
+from gpt2cli.step import Batch, build, compile_parts, train_step
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def bench_distributed(
     precision = partial(device.precision, where, dtype)
     plain = GPT(config).to(where)
     if compile:
-        plain.compile()
+        compile_parts(plain)
     model, engine = build(config, where, dtype=dtype, parallel=parallel, compile=compile, ranks=ranks)
     state = plain.state_dict()
     for name, parameter in model.named_parameters():

@@ -19,7 +19,7 @@ from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
 from gpt2cli.peers import TimedStep
-from gpt2cli.step import train_step
+from gpt2cli.step import compile_parts, train_step
 
 WARM_UP = 2  # steps
 
@@ -44,9 +44,10 @@ def our_training(
     before = memory.resident()
     on = torch.device(where)
     device.set_up(seed=0)
-    model = GPT(config).to(on)
+    with on:
+        model = GPT(config)
     if compile:
-        model.compile()
+        compile_parts(model)
     optimizers = make_optimizers(model, optimizer, weight_decay=0.1, dtype=dtype)
     ids = torch.randint(config.vocab_size, (B, T + 1), device=on, generator=torch.Generator(on).manual_seed(0))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

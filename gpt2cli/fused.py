@@ -2,32 +2,36 @@
 
 Through torch a token is some 14 small kernels a layer, each with a beginning and an end. Here they are five for a few rows:
 LayerNorm, product, bias, activation and residual are one kernel, and so are the cache and the attention, which reads what a row
-holds and no more. With more rows than `FEW` the products are a library's. What it gains has not been measured: it has not yet
-run on a GPU.
+holds and no more. With more rows than `FEW` the products are a library's.
+
+Where the GPU can (compute capability 9), a kernel begins before the one that it follows has ended: it asks for its weights, and
+then waits for what that one makes (CUDA's programmatic dependent launch). What the memory takes to answer is then hidden.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gpt2cli import trial
 from gpt2cli.cache import KVCache
-from gpt2cli.config import SamplingConfig
-from gpt2cli.model import ACTIVATIONS, GPT, Block
-from gpt2cli.sampling import choose
+from gpt2cli.linear import Int8Linear
+from gpt2cli.loss import multiple
+from gpt2cli.model import GPT, Block
 
 FEW = 4  # rows
+NUMBERS = 16384  # products that a program makes, where that is enough for an output
+PER_THREAD = 128  # of them
+AT_ONCE = 4  # programs on a processor
 WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at once
-NUMBERS = 8192  # products that a program makes, where that is enough for an output
-PER_THREAD = 64  # of them
-LOOK = 4096  # logits at once
 # How far apart logits may be beside their own rounding, in their deviations. The model's products in fp32 may be of TF32.
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -35,8 +39,6 @@ CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
 class Fused:
     """Steps of the first rows of `cache`: the numbers are the model's but for rounding. The buffers stay where they are, as a
     CUDA graph wants it."""
-
-    verdicts: ClassVar[dict[Hashable, bool]] = {}  # once in a process is enough
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         C, like, rows = model.config.n_embd, model.wpe.weight, cache.k.shape[1]
@@ -46,84 +48,116 @@ class Fused:
         self._inner = like.new_zeros(rows, model.config.inner_size)
         self._blocks = cast("Sequence[Block]", model.h)
         self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
+        if rows > FEW and not isinstance(self._head, Int8Linear):  # with rows of zeros behind
+            weight = self._head.weight
+            self._wide = F.pad(weight, (0, 0, 0, -len(weight) % multiple(like.device.type)))
+        self._start = Start(like.device)
 
     def step(self, ids: Tensor, logits: Tensor) -> None:
-        """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at`."""
+        """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at`. There may be
+        columns behind, of no use: a GPU's products want an even number of outputs."""
         with torch.cuda.device_of(ids):
-            self._step(ids, logits)
+            self._embed(ids)
+            (self._few if len(ids) <= FEW else self._many)(len(ids), logits)
 
-    def _step(self, ids: Tensor, logits: Tensor) -> None:
-        config, B, at = self._model.config, len(ids), self._cache.at
+    def _embed(self, ids: Tensor) -> None:
+        C, wte, wpe = self._model.config.n_embd, self._model.wte.weight, self._model.wpe.weight
+        _embed[(len(ids),)](ids, self._cache.at, wte, wpe, self._x, C, triton.next_power_of_2(C), **self._start.kernel())
+
+    def _few(self, B: int, logits: Tensor) -> None:
+        activation = self._model.config.activation_function
         x, qkv, y, inner = (buffer[:B] for buffer in (self._x, self._qkv, self._y, self._inner))
-        C, hs = config.n_embd, config.head_size
-        whole, head = triton.next_power_of_2(C), triton.next_power_of_2(hs)
-        many = min(256, max(16, 2 * NUMBERS // head))  # tokens to see at once
-        layer = _few if B <= FEW else _many
-        _embed[(B,)](ids, at, self._model.wte.weight, self._model.wpe.weight, x, C, whole)
-        for block, k, v in zip(self._blocks, self._cache.k, self._cache.v, strict=True):
-            attn, mlp, heads = block.attn, block.mlp, (config.n_head, B)
-            qkv = layer(x, attn.c_attn, qkv, norm=block.ln_1)
-            _attend[heads](qkv, k, v, at, y, attn.scale, self._cache.size, C, hs, head, many, num_warps=8)
-            layer(y, attn.c_proj, x, add=True)
-            inner = layer(x, mlp.c_fc, inner, norm=block.ln_2, activation=config.activation_function)
-            layer(inner, mlp.c_proj, x, add=True)
-        if B > FEW:
-            logits.copy_(self._model.head(self._model.ln_f(x.to(logits.dtype))))
-        else:
-            _few(x, self._head, logits, norm=self._model.ln_f)
+        for layer, block in enumerate(self._blocks):
+            attn, mlp = block.attn, block.mlp
+            self._linear(x, attn.c_attn, qkv, norm=block.ln_1)
+            self._attend(layer, qkv, y)
+            self._linear(y, attn.c_proj, x, add=True)
+            self._linear(x, mlp.c_fc, inner, norm=block.ln_2, activation=activation)
+            self._linear(inner, mlp.c_proj, x, add=True)
+        self._linear(x, self._head, logits, norm=self._model.ln_f)
+
+    def _many(self, B: int, logits: Tensor) -> None:
+        y: Tensor | None = None
+        for layer, block in enumerate(self._blocks):
+            attn, mlp = block.attn, block.mlp
+            qkv = attn.c_attn(self._norm(B, y, block.ln_1))
+            y = attn.c_proj(self._attend(layer, qkv, self._y[:B]))
+            y = mlp.c_proj(mlp.activation(mlp.c_fc(self._norm(B, y, block.ln_2))))
+        last = self._norm(B, y, self._model.ln_f)
+        if isinstance(self._head, Int8Linear):
+            logits[:, : len(self._head.weight)] = self._head(last)
+            return
+        torch.mm(last, self._wide.T, out=logits)
+
+    # ==== the kernels, with what they need to know ====
+
+    def _linear(
+        self, x: Tensor, layer: Any, out: Tensor, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
+    ) -> None:
+        """out = layer(x), or with `add` out += layer(x); x (B, K) through `norm` first, then the `activation`. The layer is an
+        `nn.Linear` or a `linear.Int8Linear`."""
+        weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
+        B, (N, K), sizes = len(x), weight.shape, blocks(*weight.shape)
+        programs = triton.cdiv(N, sizes["BLOCK_N"])
+        ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
+        first = add and programs <= AT_ONCE * self._start.processors
+        how = {**sizes, "FIRST": first, **self._start.kernel()}
+        _linear[(programs,)](x, weight, scale, bias, *ln, out, out.stride(0), N, K, B, activation, add, **how)
+
+    def _norm(self, B: int, y: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """norm(x), where `y` has been added to x."""
+        C = self._model.config.n_embd
+        sizes = {"C": C, "BLOCK": triton.next_power_of_2(C)}
+        _norm[(B,)](self._x, y, norm.weight, norm.bias, norm.eps, self._y, **sizes, **self._start.kernel())
+        return self._y[:B]
+
+    def _attend(self, layer: int, qkv: Tensor, y: Tensor) -> Tensor:
+        config, cache, B = self._model.config, self._cache, len(qkv)
+        C, hs, scale = config.n_embd, config.head_size, self._blocks[layer].attn.scale
+        sizes = looks(config.n_head * B, triton.next_power_of_2(hs), self._start.processors)
+        k, v, start = cache.k[layer], cache.v[layer], self._start.kernel()
+        _attend[(config.n_head, B)](qkv, k, v, cache.at, y, scale, cache.size, C, hs, **sizes, **start)
+        return y
+
+    # ==== whether they are right ====
 
     def verdict(self, B: int) -> bool | None:
         """Whether steps of B rows of such a model are right; None where that is not known yet."""
-        return Fused.verdicts.get(self._kind(B))
+        return trial.verdicts.get(self._kind(B))
 
     def judge(self, ids: Tensor, logits: Tensor) -> None:
         """Do a step that the model has just done, and find whether the `logits` are the same. If so they become those of here,
         so that all steps are made alike; if not, it is said why."""
-        ours = torch.empty_like(logits)
+        ours, V = torch.empty_like(logits), self._model.config.vocab_size
 
         def fault() -> str | None:
             self.step(ids, ours)
-            theirs = logits.float()
-            apart = ours.float() - theirs
+            theirs = logits[:, :V].float()
+            apart = ours[:, :V].float() - theirs
             apart -= apart.mean(dim=-1, keepdim=True)  # which no softmax sees
             deviation = theirs.std(dim=-1).mean()
             far = float(apart.square().mean().sqrt() / deviation)
             rounding = float(theirs.abs().max() / deviation) * torch.finfo(logits.dtype).eps
             return None if far <= CLOSE[logits.dtype] + rounding else f"their logits are {far:.2g} deviations off the model's"
 
-        if _judge(self._kind(len(ids)), fault):
+        if trial.passed(self._kind(len(ids)), fault, "decoding"):
             logits.copy_(ours)
-
-    def drawing(self, config: SamplingConfig, V: int) -> Callable[[Tensor, SamplingConfig, Tensor], Tensor]:
-        """`draw`, or `sampling.choose` where that does not choose the same of V ids, or is the faster one."""
-        kind, device = ("draw", V, config.top_k, config.top_p, self._x.device), self._x.device
-
-        def fault() -> str | None:
-            places = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(device)
-            logits = -0.1 * config.temperature * places.float().expand(16, V)  # each a tenth less likely than the one before
-            uniform = (torch.arange(16, device=device) + 0.5) / 16
-            same = torch.equal(draw(logits, config, uniform), choose(logits, config, uniform))
-            return None if same else "they draw other tokens than torch's"
-
-        if config.greedy or not (Fused.verdicts[kind] if kind in Fused.verdicts else _judge(kind, fault)):
-            return choose
-        return draw
 
     def _kind(self, B: int) -> Hashable:
         return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B
 
 
-def _judge(kind: Hashable, fault: Callable[[], str | None]) -> bool:
-    """Whether there is none; otherwise it is told, once."""
-    try:
-        reason = fault()
-    except Exception as error:  # a compiler raises what it likes
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0][:200]}"
-    if reason is not None:
-        warnings.warn(f"the fused kernels do not work here, so decoding is slower: {reason}", stacklevel=3)
-    Fused.verdicts[kind] = reason is None
-    return reason is None
+class Start:
+    """How kernels are started on a device: early, where it can be."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.processors, self._early = 4, False  # as if, for the interpreter
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self.processors, self._early = properties.multi_processor_count, properties.major >= 9
+
+    def kernel(self) -> dict[str, bool]:
+        return {"EARLY": True, "launch_pdl": True} if self._early else {"EARLY": False}
 
 
 def suits(model: GPT) -> bool:
@@ -133,42 +167,6 @@ def suits(model: GPT) -> bool:
     return right and max(config.n_embd, config.inner_size) <= WIDEST
 
 
-def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
-    """What `sampling.choose` does, in one kernel and without sorting; ids that are exactly as likely are kept together."""
-    B, V = logits.shape
-    logits, drawn = logits.contiguous(), torch.empty(B, dtype=torch.int64, device=logits.device)
-    block = min(LOOK, triton.next_power_of_2(V))
-    weights = torch.empty(B, triton.cdiv(V, block) * block, device=logits.device)  # in whole blocks, read without masks
-    top_k = None if config.top_k is None else float(min(config.top_k, V))
-    top_p = None if config.top_p is None or config.top_p >= 1 else config.top_p
-    with torch.cuda.device_of(logits):
-        _draw[(B,)](
-            logits, weights, uniform, drawn, V, config.temperature, top_k, top_p, config.min_p or 0.0, block, num_warps=16
-        )
-    return drawn
-
-
-def _many(
-    x: Tensor, layer: Any, out: Tensor, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
-) -> Tensor:
-    """layer(x), or with `add` out += layer(x); x (B, K) through `norm` first, then the `activation`."""
-    y = layer(x if norm is None else norm(x.to(norm.weight.dtype)))
-    y = ACTIVATIONS[activation](y) if activation else y
-    return out.add_(y) if add else y
-
-
-def _few(
-    x: Tensor, layer: Any, out: Tensor, norm: nn.LayerNorm | None = None, activation: str = "", add: bool = False
-) -> Tensor:
-    """What `_many` does, in one kernel and in the memory of `out`. The layer is an `nn.Linear` or a `linear.Int8Linear`."""
-    weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
-    B, (N, K) = len(x), weight.shape
-    sizes = blocks(N, K)
-    ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
-    _linear[(triton.cdiv(N, sizes["BLOCK_N"]),)](x, weight, scale, bias, *ln, out, N, K, B, activation, add, **sizes)
-    return out
-
-
 def blocks(N: int, K: int) -> dict[str, int]:
     """How many outputs of a product a program makes, reading all K weights of each at once, and how many threads it has."""
     block_k = triton.next_power_of_2(K)
@@ -176,13 +174,30 @@ def blocks(N: int, K: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(4, block_n * block_k // (32 * PER_THREAD))}
 
 
+def looks(programs: int, head: int, processors: int) -> dict[str, int]:
+    """The sizes of `_attend`: how many tokens it looks at at once, more where there are not enough programs to keep the GPU
+    busy, with `head` numbers each."""
+    tokens, warps = (128, 8) if programs < 2 * processors else (32, 2)
+    return {"BLOCK": head, "TOKENS": max(16, tokens * 64 // head), "num_warps": warps}
+
+
 @triton.jit
-def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """x[b] = wte[ids[b]] + wpe[at[b]]; a program a row."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     b, c = tl.program_id(0), tl.arange(0, BLOCK)
     token, place = tl.load(ids + b), tl.load(at + b)
     embedded = tl.load(wte + token * C + c, mask=c < C).to(tl.float32) + tl.load(wpe + place * C + c, mask=c < C).to(tl.float32)
     tl.store(x + b * C + c, embedded, mask=c < C)
+
+
+@triton.jit
+def _normalized(row, k, gain, shift, eps, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """LayerNorm of a row of K numbers, behind which there are zeros."""
+    centered = tl.where(k < K, row - tl.sum(row) / K, 0.0)
+    return centered / tl.sqrt(tl.sum(centered * centered) / K + eps) * gain.to(tl.float32) + shift.to(tl.float32)
 
 
 @triton.jit
@@ -195,6 +210,7 @@ def _linear(  # type: ignore[no-untyped-def]
     ln_bias,
     eps,
     out,
+    stride,
     N,
     K: tl.constexpr,
     B: tl.constexpr,
@@ -202,25 +218,32 @@ def _linear(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """x (B, K) -> out (B, N), a program for BLOCK_N of the outputs. All is asked for before anything is done with it, for the
-    memory is what takes long."""
+    """x (B, K) -> out (B, N), a program for BLOCK_N of the outputs. The memory is what takes long, so all is asked for before
+    anything is done with it, and the weights before there is an x."""
+    if EARLY and FIRST:  # before all else the next kernel begins: where they are few, there is room for its programs
+        gdc_launch_dependents()
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
     if ln_weight is not None:
-        gain = tl.load(ln_weight + k, mask=k < K, other=0.0).to(tl.float32)
-        shift = tl.load(ln_bias + k, mask=k < K, other=0.0).to(tl.float32)
+        gain = tl.load(ln_weight + k, mask=k < K, other=0.0)
+        shift = tl.load(ln_bias + k, mask=k < K, other=0.0)
     if scale is not None:
-        unit = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+        unit = tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
-        offset = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        offset = tl.load(bias + n, mask=n < N, other=0.0)
+    if EARLY:
+        gdc_wait()
+        if not FIRST:
+            gdc_launch_dependents()
     for b in tl.static_range(B):
         row = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
         if ADD:
-            before = tl.load(out + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+            before = tl.load(out + b * stride + n, mask=n < N, other=0.0).to(tl.float32)
         if ln_weight is not None:
-            centered = tl.where(k < K, row - tl.sum(row) / K, 0.0)
-            row = centered / tl.sqrt(tl.sum(centered * centered) / K + eps) * gain + shift
+            row = _normalized(row, k, gain, shift, eps, K)
         y = tl.sum(row[None, :] * w.to(tl.float32), 1)  # (BLOCK_N)
         if scale is not None:
             y *= unit
@@ -236,96 +259,72 @@ def _linear(  # type: ignore[no-untyped-def]
             y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
         if ADD:
             y += before
-        tl.store(out + b * N + n, y, mask=n < N)
+        tl.store(out + b * stride + n, y, mask=n < N)
+
+
+@triton.jit
+def _norm(x, y, ln_weight, ln_bias, eps, out, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x (B, C) += y, unless that is None; out = LayerNorm(x). A program a row."""
+    b, c = tl.program_id(0), tl.arange(0, BLOCK)
+    gain = tl.load(ln_weight + c, mask=c < C, other=0.0).to(tl.float32)
+    shift = tl.load(ln_bias + c, mask=c < C, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.load(x + b * C + c, mask=c < C, other=0.0)
+    if y is not None:
+        row += tl.load(y + b * C + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(x + b * C + c, row, mask=c < C)
+    tl.store(out + b * C + c, _normalized(row, c, gain, shift, eps, C), mask=c < C)
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    qkv, k_held, v_held, at, y, scale, size, C, HS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr
+    qkv,
+    k_held,
+    v_held,
+    at,
+    y,
+    scale,
+    size,
+    C,
+    HS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The new tokens' (B, 3C) keys and values enter the cache's (B, nh, size, HS), and their queries see all of it: y (B, C).
     A program for a head of a row; the softmax is made on the way (Milakov and Gimelshein 2018)."""
     head, b = tl.program_id(0), tl.program_id(1)
-    h = tl.arange(0, BLOCK)
+    h, s = tl.arange(0, BLOCK), tl.arange(0, TOKENS)
+    if EARLY:
+        gdc_launch_dependents()
+    held = tl.load(at + b)
+    row = (b.to(tl.int64) * tl.num_programs(0) + head) * size * HS
+    k, v = _held(k_held, row, s, held, h, HS), _held(v_held, row, s, held, h, HS)  # of steps before
+    if EARLY:
+        gdc_wait()
     new = qkv + b * 3 * C + head * HS + h
     q = tl.load(new, mask=h < HS, other=0.0).to(tl.float32) * scale
     k_new = tl.load(new + C, mask=h < HS, other=0.0)
     v_new = tl.load(new + 2 * C, mask=h < HS, other=0.0)
-    held = tl.load(at + b)
-    row = (b.to(tl.int64) * tl.num_programs(0) + head) * size * HS
     tl.store(k_held + row + held * HS + h, k_new, mask=h < HS)
     tl.store(v_held + row + held * HS + h, v_new, mask=h < HS)
 
     top, total, mixed = tl.sum(q * k_new.to(tl.float32)), 1.0, v_new.to(tl.float32)
     for start in range(0, held, TOKENS):
-        s = start + tl.arange(0, TOKENS)
-        place, there = row + s[:, None] * HS + h[None, :], (s < held)[:, None] & (h < HS)[None, :]
-        k = tl.load(k_held + place, mask=there, other=0.0).to(tl.float32)  # (TOKENS, BLOCK)
-        v = tl.load(v_held + place, mask=there, other=0.0).to(tl.float32)
-        scores = tl.where(s < held, tl.sum(q[None, :] * k, 1), float("-inf"))
+        ahead = start + TOKENS + s
+        k_ahead, v_ahead = _held(k_held, row, ahead, held, h, HS), _held(v_held, row, ahead, held, h, HS)
+        scores = tl.where(start + s < held, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
         higher = tl.maximum(top, tl.max(scores))
         shrink, weights = tl.exp(top - higher), tl.exp(scores - higher)
         total = total * shrink + tl.sum(weights)
-        mixed = mixed * shrink + tl.sum(weights[:, None] * v, 0)
-        top = higher
+        mixed = mixed * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        top, k, v = higher, k_ahead, v_ahead
     tl.store(y + b * C + head * HS + h, mixed / total, mask=h < HS)
 
 
 @triton.jit
-def _draw(  # type: ignore[no-untyped-def]
-    logits, weights, uniform, drawn, V, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr
-):
-    """A program a row of logits (B, V). Weights are probabilities over the likeliest one's. `top_k` and `top_p` may be None."""
-    row, W = tl.program_id(0).to(tl.int64), tl.cdiv(V, BLOCK) * BLOCK
-    logits += row * V
-    weights += row * W
-    top = float("-inf")
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        top = tl.maximum(top, tl.max(tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)))
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)
-        tl.store(weights + n, tl.exp(x / temperature - top / temperature))  # 0 behind the last
-    tl.debug_barrier()
-
-    least = 0.0
-    if top_k is not None:
-        least = _least(weights, W, 0.0, top_k, True, BLOCK)
-    if top_p is not None:
-        least = _least(weights, W, least, top_p * _kept(weights, W, least, False, BLOCK), False, BLOCK)
-    least = tl.maximum(least, min_p)
-
-    target = tl.load(uniform + row) * _kept(weights, W, least, False, BLOCK)
-    found, last, before = V, 0, 0.0
-    for start in range(0, W, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        weight = tl.load(weights + n)
-        weight = tl.where(weight >= least, weight, 0.0)
-        cumulative = before + tl.cumsum(weight)
-        found = tl.minimum(found, tl.min(tl.where((cumulative > target) & (weight > 0), n, V)))
-        last = tl.maximum(last, tl.max(tl.where(weight > 0, n, 0)))
-        before = tl.max(cumulative)
-    tl.store(drawn + row, tl.where(found < V, found, last))  # rounding may leave the target above the sum
-
-
-@triton.jit
-def _kept(weights, W, least, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many weights are at least `least`, or their sum."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, W, BLOCK):
-        weight = tl.load(weights + start + tl.arange(0, BLOCK))
-        sums += tl.where(weight >= least, 1.0 if COUNT else weight, 0.0)
-    return tl.sum(sums)
-
-
-@triton.jit
-def _least(weights, W, floor, want, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest number of which there is `want` in the weights from it on, which are from `floor` on, too. Weights are from 0
-    to 1, and the bits of such numbers are in the order of their sizes, so that bisecting these finds it exactly."""
-    low, high = tl.full((), 0, tl.int32), tl.full((), 0x3F800001, tl.int32)
-    for _ in range(30):
-        middle = (low + high) // 2
-        kept = _kept(weights, W, tl.maximum(middle.to(tl.float32, bitcast=True), floor), COUNT, BLOCK)
-        low, high = tl.where(kept >= want, middle, low), tl.where(kept >= want, high, middle)
-    return tl.maximum(low.to(tl.float32, bitcast=True), floor)
+def _held(held, row, s, count, h, HS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys or values of the tokens `s`, (TOKENS, BLOCK)."""
+    return tl.load(held + row + s[:, None] * HS + h[None, :], mask=(s < count)[:, None] & (h < HS)[None, :], other=0.0)

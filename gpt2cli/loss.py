@@ -23,7 +23,7 @@ VOCABULARY_AT_ONCE = 8192  # rows of the weight's gradient; 2,048 to 16,384 were
 def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
     """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. On a CPU 256 of fp32 and 512 of bf16
     were as fast as any."""
-    return 1024 // dtype.itemsize if device_type == "cpu" else 2048
+    return 1024 // dtype.itemsize if device_type == "cpu" else 8192
 
 
 def multiple(device_type: str) -> int:
@@ -48,7 +48,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)  # (N, C)
         grad_w = weight.new_empty(len(w), x.shape[1]) if need_grad else None  # (V, C)
-        fast = suits_onednn(x, w)
+        fast, fused = suits_onednn(x, w), has_kernel(x.device, dtype)
+        if fused:
+            from gpt2cli import fused_loss
         size = rows_at_once(x.device.type, dtype)
         counts = targets != IGNORED  # (N)
         ids = targets.where(counts, 0)
@@ -58,10 +60,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
             logits = onednn(a, w) if fast else a @ w.T  # (n, V)
             if more:
                 logits[:, -more:] = -torch.inf  # of no probability, and so without a gradient
-            total += into_gradient(logits, target, counted, need_grad)
+            if fused:
+                total += fused_loss.into_gradient(logits, target[:, 0], counted[:, 0], need_grad).sum()
+            else:
+                total += into_gradient(logits, target, counted, need_grad)
             if grad_w is not None:
-                grad_x[start : start + size] = (onednn(logits, w.t()) if fast else logits @ w) * counted
-                add_product(grad_w, logits.T, a * counted, first=start == 0)
+                into_x = onednn(logits, w.t()) if fast else logits @ w
+                grad_x[start : start + size] = into_x if fused else into_x * counted
+                add_product(grad_w, logits.T, a if fused else a * counted, first=start == 0)
             del logits  # before the next ones
         ctx.count = counts.sum()
         ctx.gradients = grad_x, grad_w if grad_w is None else grad_w[: len(weight)]
@@ -95,10 +101,35 @@ def into_gradient(logits: Tensor, target: Tensor, counted: Tensor, need_grad: bo
     return total
 
 
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `fused_loss` works for such logits: on a GPU. Triton comes with torch for CUDA, on Linux."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    try:
+        from gpt2cli import fused_loss, trial
+    except ImportError:
+        return False
+
+    def fault() -> str | None:
+        x = 3 * torch.randn(5, 333, device=device, generator=torch.Generator(device).manual_seed(0))
+        ids, found, exact = torch.arange(5, device=device), x.to(dtype), x.to(dtype).float()
+        counted = ids != 3
+        losses = fused_loss.into_gradient(found, ids, counted, need_grad=True)
+        expected = F.cross_entropy(exact, ids, reduction="none") * counted
+        gradient = (exact.softmax(dim=1) - F.one_hot(ids, 333)) * counted[:, None]
+        close = torch.allclose(losses, expected, atol=1e-4) and torch.allclose(found.float(), gradient, atol=0.01)
+        return None if close else "its loss or its gradient is another than torch's"
+
+    return trial.passed(("loss", device, dtype), fault, "training")
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """`total += a @ b`, or `total = a @ b` the first time, of (V, n) and (n, C), which may be of lower precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
+        return
+    if total.is_cuda and not torch.compiler.is_compiling():  # it adds up in fp32, and rounds once
+        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
         return
     # On a CPU a few rows at a time: their product is in its caches when it is added, and nowhere else.
     rows = VOCABULARY_AT_ONCE if total.device.type == "cpu" else len(total)

@@ -69,11 +69,11 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
         block += rows * model.n_head * seq_len * seq_len * 3 * width
     activations = L * tokens * C * 4 + 2 * block if train.activation_checkpointing else L * block
     n = min(tokens, loss_rows)
-    # Logits; in low precision the weights in that dtype, and on a GPU the logits' softmax in fp32 and a part of the gradient.
+    # Logits; in low precision the weights in that dtype, and without a kernel of ours the softmax in fp32, part of the gradient.
     loss = n * V * width + (2 * N if low else 0)
-    if low and train.device != "cpu":
+    if low and train.device not in ("cpu", "cuda"):
         loss += n * V * 4 + V * C * 2
-    dense = train.device != "cpu" or not model.tie_word_embeddings
+    dense = (train.device != "cpu" and (train.device != "cuda" or train.deterministic)) or not model.tie_word_embeddings
     embedding = V * C * 4 if dense else 0  # its gradient as an input, beside that as an output
     need = 4 * held + activations + loss + embedding
     if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors

@@ -149,8 +149,9 @@ class GPT(nn.Module):
         in nats, else None. With `loss_only` the logits are None and never exist as a whole, which is how training saves
         time and memory. Raises UserError where T is beyond `block_size`."""
         if loss_only and targets is not None:
-            # Not on CUDA, where a sum of sparse gradients is another one each time; and torch's compiler knows none.
-            tie = self.config.tie_word_embeddings and idx.device.type == "cpu" and not torch.compiler.is_compiling()
+            # On CUDA a sum of sparse gradients is another one each time; and torch's compiler knows none.
+            exact = idx.device.type == "cpu" or (idx.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
+            tie = self.config.tie_word_embeddings and exact and not torch.compiler.is_compiling()
             wte, head = tied(self.wte.weight) if tie else (None, self.head_weight)
             x = self.hidden(idx, wte=wte)  # (B, T, C)
             return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())

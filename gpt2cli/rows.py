@@ -17,10 +17,12 @@ from gpt2cli.config import SamplingConfig
 from gpt2cli.device import memory_total
 from gpt2cli.errors import UserError
 from gpt2cli.errors import size as in_bytes
+from gpt2cli.loss import multiple
 from gpt2cli.model import GPT, Cache
 from gpt2cli.sampling import choose, penalize
 
 if TYPE_CHECKING:
+    from gpt2cli.drawing import Draw
     from gpt2cli.fused import Fused
 
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -101,17 +103,25 @@ class Rows:
                 "lower --num-samples or --batch-size"
             )
         self.cache = KVCache(model.config, size, min(model.config.block_size, longest), like)
-        self.logits = like.new_zeros(size, model.config.vocab_size)  # of each row's next token
+        V = model.config.vocab_size
+        self.wide = like.new_zeros(size, V + -V % multiple(like.device.type))
+        self.logits = self.wide[:, :V]  # of each row's next token
         self.seen = like.new_zeros(self.logits.shape, dtype=torch.bool) if config.repetition_penalty != 1 else None
         self.uniform = like.new_zeros(size, dtype=torch.float32)
         self.new = like.new_zeros(size, dtype=torch.int64)  # each row's token chosen last
         self.logprobs = like.new_zeros(size, dtype=torch.float32) if logprobs else None  # and its log probability
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
-        self.graphs = Graphs(like.device)
+        kind = (model.config, like.dtype, type(vars(model).get("head")), config, size, n_vocab, logprobs, self.cache.size)
+        self.graphs = Graphs(like.device, kind)
         self.fused = _fused(model, self.cache) if self.graphs.used else None
         few = None if self.graphs.used else few_for(model, size)
         self.few = few.Few(model, self.cache) if few else None
-        self.draw = choose if self.fused is None else self.fused.drawing(config, self.logits[0, :n_vocab].numel())
+        self.draw = self._drawing() if self.fused else choose
+
+    def _drawing(self) -> Draw:
+        from gpt2cli.drawing import drawing  # which needs Triton, as `fused` does
+
+        return drawing(self.config, self.logits[0, : self.n_vocab].numel(), self.logits.device)
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Compute their prompts' keys, values and first logits, several at once; those of the same prompt are copied."""
@@ -206,24 +216,25 @@ class Rows:
         if self.fused is None or self.fused.verdict(B) is False:
             self.graphs.run(("step", B, S), by_model)
         elif self.fused.verdict(B):
-            self.graphs.run(("fused step", B), partial(self.fused.step, self.new[:B], self.logits[:B]))
+            self.graphs.run(("fused step", B), partial(self.fused.step, self.new[:B], self.wide[:B]))
         else:  # not known yet
             by_model()
-            self.fused.judge(self.new[:B], self.logits[:B])
+            self.fused.judge(self.new[:B], self.wide[:B])
             if not self.fused.verdict(B):
                 by_model()  # once more, since keys and values are wrong now
 
     # ==== on the device alone, the first B rows ====
 
     def _choose(self, B: int) -> None:
-        plain = self.logits[:B, : self.n_vocab].float()
-        logits = plain if self.seen is None else penalize(plain, self.seen[:B, : self.n_vocab], self.config.repetition_penalty)
+        logits = plain = self.logits[:B, : self.n_vocab]
+        if self.seen is not None:
+            logits = penalize(plain.float(), self.seen[:B, : self.n_vocab], self.config.repetition_penalty)
         new = self.draw(logits, self.config, self.uniform[:B])[:, None]  # (B, 1)
         self.new[:B] = new[:, 0]
         if self.seen is not None:
             self.seen[:B].scatter_(1, new, True)
         if self.logprobs is not None:
-            self.logprobs[:B] = plain.log_softmax(dim=-1).gather(1, new)[:, 0]
+            self.logprobs[:B] = plain.float().log_softmax(dim=-1).gather(1, new)[:, 0]
 
     def _step(self, cache: Cache, B: int) -> None:
         self.logits[:B] = self.model.head(self._hidden(self.new[:B, None], cache)[:, -1])

@@ -18,10 +18,10 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def choose(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
     """Ids (B) drawn from logits (B, V), each row by its number of `uniform` (B) in [0, 1): the first id at which the
-    cumulative probability of all that are kept passes it. `fused.draw` does the same on a GPU."""
+    cumulative probability of all that are kept passes it. `drawing.draw` does the same on a GPU."""
     if config.greedy:
         return logits.argmax(dim=-1)
-    logits = logits / config.temperature
+    logits = logits.float() / config.temperature
     V, ids = logits.shape[-1], None  # of the columns, where they are not the vocabulary any more
     if config.top_k is not None:
         logits, ids = logits.topk(min(config.top_k, V), dim=-1)  # (B, k), the likeliest first

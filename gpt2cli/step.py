@@ -34,19 +34,28 @@ def build(
     model = GPT.on_meta(config)
     model.checkpointing = activation_checkpointing
     spread = parallel == "fsdp" and ranks.is_group
-    # What has the large matrices and nothing else; LayerNorms and embeddings stay with the whole.
-    parts = [part for part in model.modules() if isinstance(part, CausalSelfAttention | MLP)]
-    for part in parts if spread else [model]:
-        if compile:
-            part.compile()
+    if compile:
+        compile_parts(model, spread)
     if spread:
-        shard(model, parts, where, dtype)
+        shard(model, _large(model), where, dtype)
         model.to_empty(device=where)
         return model, model
     # What `to_empty` does, without the part of torch's compiler that it loads.
     memory = {name: torch.empty(p.shape, dtype=p.dtype, device=where) for name, p in model.named_parameters()}
     model.load_state_dict(memory, assign=True)
     return model, replicate(model, ranks)
+
+
+def compile_parts(model: GPT, spread: bool = False) -> None:
+    """Have torch's compiler take what is in `model` block by block. These are alike, so that it compiles one of them, in
+    seconds, where the whole of a large model takes minutes and is no faster. The loss has a kernel of its own."""
+    for part in _large(model) if spread else [*model.h, model.ln_f]:
+        part.compile()
+
+
+def _large(model: GPT) -> list[nn.Module]:
+    """What has the large matrices and nothing else; LayerNorms and embeddings stay with the whole."""
+    return [part for part in model.modules() if isinstance(part, CausalSelfAttention | MLP)]
 
 
 def train_step(

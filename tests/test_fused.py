@@ -15,9 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
-from gpt2cli import fused
+from gpt2cli import drawing, fused, trial
 from gpt2cli.ahead import Graphs
-from gpt2cli.cache import KVCache
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
 from gpt2cli.linear import prepare
 from gpt2cli.rows import PLANLESS
@@ -47,7 +46,9 @@ def test_a_step_is_the_models(lengths):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_is_the_models_in_every_shape(shape, monkeypatch):
-    monkeypatch.setattr(fused, "NUMBERS", 64)  # many programs, and many looks at the tokens
+    looks = fused.looks
+    monkeypatch.setattr(fused, "NUMBERS", 64)  # many programs
+    monkeypatch.setattr(fused, "looks", lambda *sizes: looks(*sizes) | {"TOKENS": 16})  # many looks at the tokens
     assert apart(make_model(**shape).to(DEVICE), [31, 2]) < 1e-5
 
 
@@ -90,11 +91,11 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("look", [16, 4096])
 def test_what_is_drawn_is_what_is_chosen(options, look, monkeypatch):
-    monkeypatch.setattr(fused, "LOOK", look)
+    monkeypatch.setattr(drawing, "LOOK", look)
     torch.manual_seed(0)
     logits, uniform = 2 * torch.randn(5, 41, device=DEVICE), torch.rand(5, device=DEVICE)
     config = SamplingConfig(**options)
-    found = fused.draw(logits[:, :37], config, uniform)  # not contiguous
+    found = drawing.draw(logits[:, :37], config, uniform)  # not contiguous
     assert torch.equal(found, choose(logits[:, :37], config, uniform))
     assert options.get("temperature") != 50 or torch.equal(found, logits[:, :37].argmax(dim=-1))
 
@@ -103,28 +104,40 @@ def test_all_that_are_as_likely_are_kept_and_ends_are_drawn():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, -torch.inf]], device=DEVICE)
     almost = torch.tensor([1 - 2**-24], device=DEVICE)
     for config in (SamplingConfig(top_k=2, top_p=None), SamplingConfig(top_p=0.6)):  # the likeliest alone has 0.45
-        assert fused.draw(logits, config, almost).tolist() == [4]
-        assert fused.draw(logits, config, 0 * almost).tolist() == [1]
-    assert fused.draw(logits, SamplingConfig(top_p=None), almost).tolist() == [4]
+        assert drawing.draw(logits, config, almost).tolist() == [4]
+        assert drawing.draw(logits, config, 0 * almost).tolist() == [1]
+    assert drawing.draw(logits, SamplingConfig(top_p=None), almost).tolist() == [4]
+
+
+@pytest.mark.parametrize("look", [16, 4096])
+def test_the_likeliest_is_the_first_of_them(look, monkeypatch):
+    monkeypatch.setattr(drawing, "LOOK", look)
+    torch.manual_seed(0)
+    logits = torch.randn(5, 41, device=DEVICE).bfloat16()
+    logits[0, [5, 20, 33]] = logits[1, 36] = logits[2, 40] = 9.0
+    logits[3] = -torch.inf
+    logits[4, ::2] = torch.nan
+    *found, of_infinities, of_nan = drawing.best(logits[:, :37], SamplingConfig(greedy=True), logits[:, 0]).tolist()
+    assert found == [5, 36, int(logits[2, :37].argmax())] and of_infinities == 0 and 0 <= of_nan < 37
 
 
 def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
-    model, config = make_model(n_layer=1).to(DEVICE), SamplingConfig(max_new_tokens=2)
-    kernels = fused.Fused(model, KVCache(model.config, 1, 8, model.wpe.weight))
-    assert kernels.drawing(config, 97) is fused.draw
-    assert kernels.drawing(SamplingConfig(greedy=True), 97) is choose
-    fused.Fused.verdicts.clear()
-    monkeypatch.setattr(fused, "draw", lambda logits, config, uniform: choose(logits, config, 0.9 * uniform))
-    with pytest.warns(UserWarning, match="they draw other tokens than torch's"):
-        assert kernels.drawing(config, 97) is choose
-    assert kernels.drawing(config, 97) is choose
+    config, greedy = SamplingConfig(), SamplingConfig(greedy=True)
+    assert drawing.drawing(config, 97, DEVICE) is drawing.draw and drawing.drawing(greedy, 97, DEVICE) is drawing.best
+    trial.verdicts.clear()
+    monkeypatch.setattr(drawing, "draw", lambda logits, config, uniform: choose(logits, config, 0.9 * uniform))
+    monkeypatch.setattr(drawing, "best", lambda logits, config, uniform: logits.argmin(dim=-1))
+    for settings in (config, greedy):
+        with pytest.warns(UserWarning, match="they draw other tokens than torch's"):
+            assert drawing.drawing(settings, 97, DEVICE) is choose
+        assert drawing.drawing(settings, 97, DEVICE) is choose
 
 
 class Unrecorded(Graphs):
     """The way of a GPU without its records, which the interpreter's kernels cannot be in."""
 
-    def __init__(self, device):
-        super().__init__(device)
+    def __init__(self, device, kind=None):
+        super().__init__(device, kind)
         self.used = True
 
     def run(self, key, work):
@@ -135,7 +148,7 @@ class Unrecorded(Graphs):
 @pytest.fixture
 def taken(monkeypatch):
     """What was done step by step, where the kernels are taken."""
-    monkeypatch.setattr(fused.Fused, "verdicts", {})
+    monkeypatch.setattr(trial, "verdicts", {})
     monkeypatch.setattr(sys.modules["gpt2cli.rows"], "_fused", fused.Fused)
     monkeypatch.setattr(sys.modules["gpt2cli.rows"], "Graphs", Unrecorded)
     monkeypatch.setattr(Unrecorded, "keys", [], raising=False)
@@ -170,15 +183,15 @@ def test_rows_are_continued_as_by_the_model(taken, monkeypatch):
 def test_kernels_that_do_not_work_are_told_and_not_taken(taken, fault, monkeypatch):
     model, config = make_model().to(DEVICE), SamplingConfig(max_new_tokens=4, greedy=True)
     expected = continuations(model, PROMPTS[:1], config, logprobs=True)[0]
-    fused.Fused.verdicts.clear()
-    plain = fused._few
+    trial.verdicts.clear()
+    plain = fused.Fused._linear
 
-    def faulty(x, layer, out, norm=None, activation="", add=False):
+    def faulty(self, x, layer, out, norm=None, activation="", add=False):
         if fault == "broken" and len(layer.weight) == model.config.vocab_size:  # at the end of a step
             raise RuntimeError("no ptxas\nat all")
-        return plain(x, layer, out, norm, activation, add=False)
+        return plain(self, x, layer, out, norm, activation)
 
-    monkeypatch.setattr(fused, "_few", faulty)
+    monkeypatch.setattr(fused.Fused, "_linear", faulty)
     with pytest.warns(UserWarning, match="RuntimeError: no ptxas$" if fault == "broken" else "deviations off the model's"):
         ids, logprobs, _ = continuations(model, PROMPTS[:1], config, logprobs=True)[0]
     assert ids == expected[0] and logprobs == pytest.approx(expected[1], abs=1e-5)  # nothing of theirs is left
@@ -198,28 +211,35 @@ COMPILE = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from gpt2cli import fused
+    from gpt2cli import drawing, fused
 
-    def compiled(kernel, arguments):
+    def compiled(kernel, arguments, capability=90, **options):
         # arguments: a type, or the value of what is known then
         types = [isinstance(value, str) and (value[:1] == "*" or value in ("i32", "fp32")) for value in arguments]
         known = {(n,): value for n, value in enumerate(arguments) if not types[n]}
         signature = {name: "constexpr" if (n,) in known else arguments[n] for n, name in enumerate(kernel.arg_names)}
         source = ASTSource(fn=kernel, signature=signature, constexprs=known)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options={"num_warps": 8, **options}).asm["cubin"]
 
     b, f = "*bf16", "*fp32"
     ln, none = [b, b, "fp32"], [None, None, 0.0]
-    sizes = [8, 1024]
-    assert compiled(fused._embed, ["*i64", "*i64", b, b, f, 768, 1024])
-    for activation in ("gelu_new", "gelu", "silu", "relu"):
-        assert compiled(fused._linear, [f, b, None, b, *ln, b, "i32", 768, 1, activation, False, *sizes])
-    assert compiled(fused._linear, [f, f, None, f, f, f, "fp32", f, "i32", 768, 1, "", False, *sizes])
+    sizes = [8, 1024, False]
+    for early, capability in ((True, 90), (False, 80)):
+        made = lambda kernel, arguments: compiled(kernel, [*arguments, early], capability, launch_pdl=early)
+        assert made(fused._embed, ["*i64", "*i64", b, b, f, 768, 1024])
+        for activation in ("gelu_new", "gelu", "silu", "relu"):
+            assert made(fused._linear, [f, b, None, b, *ln, b, "i32", "i32", 768, 1, activation, False, *sizes])
+        assert made(fused._linear, [f, f, None, f, f, f, "fp32", f, "i32", "i32", 768, 1, "", False, *sizes])
+        assert made(fused._linear, [b, "*i8", b, None, *none, f, "i32", "i32", 768, 3, "", True, 2, 1024, True])
+        for y in (b, None):
+            assert made(fused._norm, [f, y, *ln, b, 768, 1024])
+        for kind in (f, b):
+            assert made(fused._attend, [kind, kind, kind, "*i64", kind, "fp32", "i32", "i32", 64, 64, 128])
     for top_k, top_p in (("fp32", "fp32"), ("fp32", None), (None, "fp32"), (None, None)):
-        assert compiled(fused._draw, [f, f, f, "*i64", "i32", "fp32", top_k, top_p, "fp32", 4096])
-    assert compiled(fused._attend, [f, f, f, "*i64", f, "fp32", "i32", "i32", 64, 64, 256])
-    assert compiled(fused._linear, [b, "*i8", b, None, *none, f, "i32", 768, 3, "", True, 2, 1024])
-    assert compiled(fused._attend, [b, b, b, "*i64", b, "fp32", "i32", "i32", 64, 64, 256])
+        assert compiled(drawing._draw, [f, "i32", f, f, "*i64", "i32", "fp32", top_k, top_p, "fp32", 4096])
+    assert compiled(drawing._best, [b, "i32", "i32", f, "*i32", 4096])
+    assert compiled(drawing._best_of, [f, "*i32", "i32", "i32", "*i64", 16])
 """
 
 

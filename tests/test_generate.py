@@ -86,8 +86,8 @@ def tensors_of(result):
 class HereToo(Graphs):
     """Graphs on a CPU."""
 
-    def __init__(self, device):
-        super().__init__(device)
+    def __init__(self, device, kind=None):
+        super().__init__(device, kind)
         self.used = True
 
     def _record(self, work):
@@ -257,8 +257,8 @@ def test_a_row_that_moves_in_the_batch_keeps_what_it_has_seen():
 class Counted(HereToo):
     """Counts what is done step by step, recorded, and replayed."""
 
-    def __init__(self, device):
-        super().__init__(device)
+    def __init__(self, device, kind=None):
+        super().__init__(device, kind)
         self.counts, self.records = {}, 0
         type(self).latest = self
 

@@ -156,7 +156,8 @@ def sample(
 
     where, kind, facts = decide(device, dtype)
     loaded = checkpoint.load(model) if model else None
-    network = loaded.model if loaded else GPT(config).eval()
+    with where:
+        network = loaded.model if loaded else GPT(config).eval()
     with console.at_work() as tell:
         rows = bench_generate.bench_generate(
             network,
