@@ -177,7 +177,7 @@ def blocks(N: int, K: int) -> dict[str, int]:
 def looks(programs: int, head: int, processors: int) -> dict[str, int]:
     """The sizes of `_attend`: how many tokens it looks at at once, more where there are not enough programs to keep the GPU
     busy, with `head` numbers each."""
-    tokens, warps = (128, 8) if programs < 2 * processors else (32, 2)
+    tokens, warps = (256, 8) if programs < 2 * processors else (32, 2)
     return {"BLOCK": head, "TOKENS": max(16, tokens * 64 // head), "num_warps": warps}
 
 
@@ -194,10 +194,18 @@ def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl
 
 
 @triton.jit
-def _normalized(row, k, gain, shift, eps, K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """LayerNorm of a row of K numbers, behind which there are zeros."""
-    centered = tl.where(k < K, row - tl.sum(row) / K, 0.0)
-    return centered / tl.sqrt(tl.sum(centered * centered) / K + eps) * gain.to(tl.float32) + shift.to(tl.float32)
+def _normalized(row, pivot, k, gain, shift, eps, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """LayerNorm of a row of K numbers, behind which there are zeros. Their mean and variance are found at once, from any of the
+    numbers, `pivot`, on: a variance from zero on would be a small difference of large numbers where the mean is large."""
+    moved = tl.where(k < K, row - pivot, 0.0)
+    mean, square = tl.reduce((moved, moved * moved), 0, _sums)
+    mean /= K
+    return (moved - mean) * tl.rsqrt(square / K - mean * mean + eps) * gain.to(tl.float32) + shift.to(tl.float32)
+
+
+@triton.jit
+def _sums(a, b, c, d):  # type: ignore[no-untyped-def]
+    return a + c, b + d
 
 
 @triton.jit
@@ -243,7 +251,7 @@ def _linear(  # type: ignore[no-untyped-def]
         if ADD:
             before = tl.load(out + b * stride + n, mask=n < N, other=0.0).to(tl.float32)
         if ln_weight is not None:
-            row = _normalized(row, k, gain, shift, eps, K)
+            row = _normalized(row, tl.load(x + b * K).to(tl.float32), k, gain, shift, eps, K)
         y = tl.sum(row[None, :] * w.to(tl.float32), 1)  # (BLOCK_N)
         if scale is not None:
             y *= unit
@@ -271,11 +279,11 @@ def _norm(x, y, ln_weight, ln_bias, eps, out, C: tl.constexpr, BLOCK: tl.constex
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.load(x + b * C + c, mask=c < C, other=0.0)
+    row, pivot = tl.load(x + b * C + c, mask=c < C, other=0.0), tl.load(x + b * C)
     if y is not None:
         row += tl.load(y + b * C + c, mask=c < C, other=0.0).to(tl.float32)
         tl.store(x + b * C + c, row, mask=c < C)
-    tl.store(out + b * C + c, _normalized(row, c, gain, shift, eps, C), mask=c < C)
+    tl.store(out + b * C + c, _normalized(row, pivot, c, gain, shift, eps, C), mask=c < C)
 
 
 @triton.jit

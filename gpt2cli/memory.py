@@ -78,8 +78,9 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     need = 4 * held + activations + loss + embedding
     if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors
         need += INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
-        compiled = train.compile == "on"
-        if compiled or train.activation_checkpointing or train.deterministic or world_size > 1:  # all of which load it
-            need += COMPILER + (n * V * 4 if compiled else 0)
+        if (
+            train.compile == "on" or train.activation_checkpointing or train.deterministic or world_size > 1
+        ):  # all of which load it
+            need += COMPILER
         need += SAMPLER if train.sample_every else 0
     return need

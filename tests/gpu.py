@@ -1,86 +1,124 @@
-"""What a machine with one GPU is to show, in one go: `python -m tests.gpu OUT` runs the tests of decoding, then times what the
-README has no figures for yet, the most wanted first, then runs the other tests that need a GPU. Each benchmark is one JSON line
-in OUT/bench.jsonl, and all that was said is in OUT/log.txt. Ends after `--minutes` (9), whatever is left."""
+"""What a machine with one GPU is to show, in one go: `python -m tests.gpu OUT` runs the tests that need one while torch's
+compiler fills its cache, then trains and goes on, then times what the README has no figures for yet, the most wanted first. It
+ends after `--minutes`. All is in OUT as soon as it is said, and each benchmark is one JSON line in OUT/bench.jsonl."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from gpt2cli.commands import app
+
 ROOT = Path(__file__).parents[1]
-TESTS = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations", "5"]
-DECODING = ["tests/test_fused.py", "tests/test_generate.py"]
-TRAIN = ["train", "--dtype", "bf16", "--seq-len", "1024", "--compile", "--repeats", "10"]
-SAMPLE = ["sample", "--dtype", "bf16", "--prompt-tokens", "32"]
-BENCH = [
-    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--compare", "hf"],
-    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--batch-size", "256"],
-    [*SAMPLE, "--preset", "gpt2-xl", "--new-tokens", "128"],
-    [*TRAIN, "--preset", "gpt2", "--batch-size", "32", "--compare", "hf"],
-    [*TRAIN, "--preset", "gpt2-xl", "--batch-size", "8"],
-    [*TRAIN, "--preset", "gpt2-large", "--batch-size", "16"],
-    [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "16"],
-    ["attention", "--dtype", "bf16", "--lengths", "1024", "--batch-size", "32", "--n-head", "12"],
-    [*TRAIN, "--preset", "gpt2", "--batch-size", "32", "--optimizer", "muon"],
-    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--quantize", "int8"],
-    [*SAMPLE, "--preset", "gpt2", "--new-tokens", "256", "--batch-size", "4"],
+TESTS = {
+    "decoding": ["tests/test_fused.py", "tests/test_generate.py"],
+    "training": ["tests/test_model.py", "tests/test_distributed.py"],
+}
+RUN = ["train", "--preset", "gpt2", "--steps", "40", "--eval-every", "20", "--save-every", "20"]
+TRAIN = ["bench", "train", "--dtype", "bf16", "--seq-len", "1024", "--compile", "--device", "cuda", "--json"]
+SAMPLE = ["bench", "sample", "--dtype", "bf16", "--prompt-tokens", "32", "--new-tokens", "256", "--device", "cuda", "--json"]
+ATTENTION = [
+    "bench",
+    "attention",
+    "--dtype",
+    "bf16",
+    "--lengths",
+    "1024",
+    "--batch-size",
+    "4",
+    "--n-head",
+    "12",
+    "--device",
+    "cuda",
 ]
-# The benchmarks decode greedily; this is what the command does unless told otherwise, in its last line's tokens/s.
-MODEL = "from gpt2cli import *; GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768)).save_pretrained('{}')"
-DRAWN = ["-m", "gpt2cli", "sample", "--prompt", "O Romeo,", "--max-new-tokens", "512", "--ignore-eos", "--num-samples"]
+COMMANDS = [
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "32", "--compare", "hf"],
+    [*TRAIN, "--preset", "gpt2-large", "--batch-size", "32"],
+    [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "64"],
+    [*SAMPLE, "--preset", "gpt2-xl"],
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "256"],
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "64", "--optimizer", "muon"],
+    [*SAMPLE, "--preset", "gpt2", "--batch-size", "16"],
+    [*SAMPLE, "--preset", "gpt2", "--quantize", "int8"],
+    [*ATTENTION, "--json"],
+]
 
 
-class Runs:
-    def __init__(self, out: Path, seconds: float) -> None:
-        self.out, self.end = out, time.monotonic() + seconds
+def compile_block(preset: str, rows: int, optimizer: str = "adamw") -> None:
+    """A step of two layers, whose blocks are those of the whole model."""
+    from dataclasses import replace
 
-    def run(self, *arguments: str, most: float = 240) -> str:
-        """What `python ARGUMENTS` writes to stdout; stderr is shown, too, for a warning there says that a figure is not what it
-        seems."""
-        left = min(most, self.end - time.monotonic())
-        if left < 20:
-            self.say("no time left for", *arguments)
-            return ""
-        command, path = [sys.executable, *arguments], os.environ.get("PYTHONPATH", "")
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}"}  # also where nothing was installed
-        started = time.monotonic()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=left, env=environment)
-        except subprocess.TimeoutExpired as late:
-            self.say(*arguments, f"-> not done after {left:.0f} s", (late.stdout or b"").decode(errors="replace")[-1500:])
-            return ""
-        took = f"-> {done.returncode} in {time.monotonic() - started:.0f} s"
-        self.say(*arguments, took, done.stdout[-3000:], done.stderr[-1500:])
-        return done.stdout
+    from gpt2cli.bench_train import our_training
+    from gpt2cli.config import PRESETS, GPTConfig
 
-    def say(self, *words: str) -> None:
-        print(*words, flush=True)
-        with (self.out / "log.txt").open("a") as log:
-            print(*words, file=log)
+    config = replace(GPTConfig(**PRESETS[preset]), n_layer=2, dropout=0.0, attn_dropout=0.0)
+    our_training(config, "cuda", "bf16", optimizer, rows, 1024, compile=True)[1]()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--minutes", type=float, default=8)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = Runs(options.out, 60 * options.minutes)
-    runs.run(*TESTS, *DECODING)
-    for n, work in enumerate(BENCH):
-        with (options.out / "bench.jsonl").open("a") as file:
-            file.write(runs.run("-m", "gpt2cli", "bench", *work, "--device", "cuda", "--json"))
-        if n == 2:
-            with tempfile.TemporaryDirectory() as model:
-                runs.run("-c", MODEL.format(model))
-                for rows in ("1", "16"):
-                    runs.run(*DRAWN, rows, model)
-    runs.run(*TESTS, *(f"--ignore={path}" for path in DECODING))
+    started = time.monotonic()
+    warm_up(options.out, seconds=min(90, 20 * options.minutes))
+    run = tempfile.mkdtemp()
+    for command in [[*RUN, "--out", run], ["train", "--resume", "--steps", "60", "--out", run], *COMMANDS]:
+        at = time.monotonic() - started
+        if at > 60 * options.minutes - 15:
+            print("no time left for", *command, flush=True)
+            continue
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            status = app.run(command)
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"after {at:.0f} s:", *command, f"-> {status}", said.getvalue()[-3000:], flush=True)
+        if command[0] == "bench":
+            with (options.out / "bench.jsonl").open("a") as file:
+                file.write(said.getvalue())
+
+
+def warm_up(out: Path, seconds: float) -> None:
+    """The tests and the compiler's work, at once: their times do not matter."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    shapes = [("gpt2", 32), ("gpt2", 256), ("gpt2-large", 32), ("gpt2-medium", 64)]
+    compiling = [f"from tests.gpu import compile_block; compile_block({preset!r}, {rows})" for preset, rows in shapes]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    commands = {name: [*pytest, *files] for name, files in TESTS.items()}
+    commands |= {f"compiling-{n}": [sys.executable, "-c", code] for n, code in enumerate(compiling)}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for name, command in commands.items():
+            log = stack.enter_context((out / f"{name}.log").open("w"))
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
+        end = time.monotonic() + seconds
+        for process in processes:
+            wait(partial(process.wait, timeout=max(0.1, end - time.monotonic())))
+        for process in processes:
+            process.send_signal(2)  # whereupon pytest tells what has failed so far
+            wait(partial(process.wait, timeout=5))
+            process.kill()
+    for name in TESTS:
+        print(name, (out / f"{name}.log").read_text()[-1500:], flush=True)
+
+
+def wait(for_it: Callable[[], object]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for_it()
 
 
 if __name__ == "__main__":

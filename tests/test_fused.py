@@ -19,6 +19,7 @@ from gpt2cli import drawing, fused, trial
 from gpt2cli.ahead import Graphs
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
 from gpt2cli.linear import prepare
+from gpt2cli.loss import linear_cross_entropy
 from gpt2cli.rows import PLANLESS
 from gpt2cli.sampling import choose
 
@@ -50,6 +51,23 @@ def test_a_step_is_the_models_in_every_shape(shape, monkeypatch):
     monkeypatch.setattr(fused, "NUMBERS", 64)  # many programs
     monkeypatch.setattr(fused, "looks", lambda *sizes: looks(*sizes) | {"TOKENS": 16})  # many looks at the tokens
     assert apart(make_model(**shape).to(DEVICE), [31, 2]) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 2, 30, 4], [3, 4]])
+def test_there_may_be_columns_behind_the_logits(lengths, monkeypatch):
+    for place in ("gpt2cli.fused", "tests.conftest"):
+        monkeypatch.setattr(f"{place}.multiple", lambda device_type: 64)  # of 97
+    assert apart(make_model(n_layer=1).to(DEVICE), lengths) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[5, 1], [9, 1, 2, 30, 4]])
+def test_layer_norm_is_exact_where_the_mean_is_large(lengths):
+    model = make_model(n_layer=1).to(DEVICE)
+    with torch.no_grad():
+        model.wpe.weight += 1000.0
+    assert apart(model, lengths) < 3e-3  # fp32 has 6e-5 at 1,000, and a deviation here is 0.03
+    model.wpe.weight.data[:, 0] += 30.0  # the number from which the others are counted is far away
+    assert apart(model, lengths) < 3e-3
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -207,11 +225,53 @@ def test_all_steps_are_made_alike(taken):
     assert first == second and taken.count(("fused step", 1)) == 2 + 3
 
 
+@pytest.fixture
+def fused_loss(monkeypatch):
+    """As where it is used, with several looks at a row and more rows than there are programs."""
+    from gpt2cli import fused_loss
+
+    monkeypatch.setattr(fused_loss, "BLOCK", 32)
+    monkeypatch.setattr("gpt2cli.loss.has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr("gpt2cli.loss.rows_at_once", lambda device_type, dtype: 10)  # of 25
+    return fused_loss
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_the_kernel_of_the_loss_makes_probabilities_and_gradients(fused_loss, dtype, close):
+    torch.manual_seed(0)
+    logits, ids = (5 * torch.randn(9, 97, device=DEVICE)).to(dtype), torch.randint(97, (9,), device=DEVICE)
+    logits[:, 90:], ids[0], ids[1] = -torch.inf, 0, 89
+    counted = torch.arange(9, device=DEVICE) != 4
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, ids.clamp(max=89), reduction="none") * counted
+    expected.sum().backward()
+    without = fused_loss.into_gradient(logits.clone(), ids.clamp(max=89), counted, need_grad=False)
+    found = fused_loss.into_gradient(logits, ids.clamp(max=89), counted, need_grad=True)
+    assert torch.equal(without, found) and torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.allclose(logits.double(), exact.grad, atol=close) and not logits[4].any() and not logits[:, 90:].any()
+
+
+def test_the_fused_loss_by_its_kernel_is_the_plain_one(fused_loss):
+    torch.manual_seed(0)
+    x = torch.randn(25, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(97, 16, device=DEVICE, requires_grad=True)
+    targets = torch.randint(97, (25,), device=DEVICE)
+    targets[[3, 17]] = -100
+    results = []
+    for loss in (linear_cross_entropy, lambda x, w, t: torch.nn.functional.cross_entropy(x @ w.T, t)):
+        x.grad = weight.grad = None
+        value = loss(x, weight, targets)
+        value.backward()
+        results.append((value.detach(), x.grad, weight.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
 COMPILE = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from gpt2cli import drawing, fused
+    from gpt2cli import drawing, fused, fused_loss
 
     def compiled(kernel, arguments, capability=90, **options):
         # arguments: a type, or the value of what is known then
@@ -238,6 +298,8 @@ COMPILE = """
             assert made(fused._attend, [kind, kind, kind, "*i64", kind, "fp32", "i32", "i32", 64, 64, 128])
     for top_k, top_p in (("fp32", "fp32"), ("fp32", None), (None, "fp32"), (None, None)):
         assert compiled(drawing._draw, [f, "i32", f, f, "*i64", "i32", "fp32", top_k, top_p, "fp32", 4096])
+    for grad in (True, False):
+        assert compiled(fused_loss._into_gradient, [b, "*i64", "*i1", f, "i32", "i32", grad, 8192])
     assert compiled(drawing._best, [b, "i32", "i32", f, "*i32", 4096])
     assert compiled(drawing._best_of, [f, "*i32", "i32", "i32", "*i64", 16])
 """
