@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2cli.config import SamplingConfig
 from gpt2cli.errors import UserError
@@ -71,12 +71,13 @@ def continue_all(
     """
     for n, prompt in enumerate(prompts):
         check_prompt(model, prompt, config, which=f"prompt {n + 1}" if len(prompts) > 1 else "the prompt")
-    with evaluating(model):
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    with evaluating(model, compiled):
         batch = Rows(model, prompts, config, min(rows, len(prompts)), n_vocab, logprobs)
     waiting = deque(enumerate(prompts))
     while waiting or batch.rows:
         free = min(len(waiting), batch.size - len(batch.rows))
-        with evaluating(model):
+        with evaluating(model, compiled):
             batch.admit([Row(*waiting.popleft(), config) for _ in range(free)])
             batch.choose()
             if ahead := batch.can_go_ahead():
@@ -97,21 +98,27 @@ def continue_all(
         yield step
         batch.leave_out()
         if not ahead:
-            with evaluating(model):
+            with evaluating(model, compiled):
                 batch.step()
 
 
 @contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """Without dropout, also where `model` is being trained; and then as it was."""
+def evaluating(model: GPT, compiled: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Without dropout, also where `model` is being trained, and without torch's compiler, which would compile its `compiled`
+    modules again for every number of tokens; and then as it was."""
     training = [module for module in model.modules() if module.training] if model.training else []
+    calls = [module._compiled_call_impl for module in compiled]
     for module in training:
         module.training = False
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call
 
 
 def check_prompt(model: GPT, prompt: Sequence[int], config: SamplingConfig, which: str = "the prompt") -> None:
