@@ -50,7 +50,7 @@ class Graphs:
     def __init__(self, device: torch.device, kind: Hashable = None) -> None:
         """`kind` is what the work depends on beside the keys."""
         self.used = device.type == "cuda" and not Graphs.failed
-        self._device, self._kind = device, kind
+        self._device, self._kind = device, (device, kind)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # of memory; the graphs share it, since none runs beside another
         self._stream: torch.cuda.Stream | None = None  # to record on

@@ -17,18 +17,20 @@ LOOK, WARPS = 8192, 16  # logits at once, and by how many threads
 Draw = Callable[[Tensor, SamplingConfig, Tensor], Tensor]
 
 
-def drawing(config: SamplingConfig, V: int, device: torch.device) -> Draw:
-    """`draw`, or `best`, or `choose` where they do not choose the same of V ids."""
+def drawing(config: SamplingConfig, like: Tensor) -> Draw:
+    """`draw`, or `best`, or `choose` where they do not choose the same, or fail with logits `like` (B, V)."""
     ours: Draw = best if config.greedy else draw
+    V, device = like.shape[1], like.device
 
     def fault() -> str | None:
         places = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(device)
         logits = -0.1 * config.temperature * places.float().expand(16, V)  # each a tenth less likely than the one before
         uniform = (torch.arange(16, device=device) + 0.5) / 16
+        ours(like[:1], config, uniform[:1])  # in 16 bits many are equally likely, so that these are not compared
         same = torch.equal(ours(logits, config, uniform), choose(logits, config, uniform))
         return None if same else "they draw other tokens than torch's"
 
-    kind = ("draw", config.greedy, V, config.top_k, config.top_p, device)
+    kind = ("draw", config.greedy, V, config.top_k, config.top_p, like.dtype, device)
     return ours if trial.passed(kind, fault, "decoding") else choose
 
 

@@ -4,8 +4,9 @@ Through torch a token is some 14 small kernels a layer, each with a beginning an
 LayerNorm, product, bias, activation and residual are one kernel, and so are the cache and the attention, which reads what a row
 holds and no more. With more rows than `FEW` the products are a library's.
 
-Where the GPU can (compute capability 9), a kernel begins before the one that it follows has ended: it asks for its weights, and
-then waits for what that one makes (CUDA's programmatic dependent launch). What the memory takes to answer is then hidden.
+Where the GPU can (compute capability 9 and up), a kernel begins before the one that it follows has ended: it asks for its
+weights, and then waits for what that one makes (CUDA's programmatic dependent launch). What the memory takes to answer is then
+hidden.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Fused:
         self._blocks = cast("Sequence[Block]", model.h)
         self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
         if rows > FEW and not isinstance(self._head, Int8Linear):  # with rows of zeros behind
-            weight = self._head.weight
-            self._wide = F.pad(weight, (0, 0, 0, -len(weight) % multiple(like.device.type)))
+            weight, more = self._head.weight, -len(self._head.weight) % multiple(like.device.type)
+            self._wide = F.pad(weight, (0, 0, 0, more)) if more else weight
         self._start = Start(like.device)
 
     def step(self, ids: Tensor, logits: Tensor) -> None:
@@ -282,8 +283,9 @@ def _norm(x, y, ln_weight, ln_bias, eps, out, C: tl.constexpr, BLOCK: tl.constex
     row, pivot = tl.load(x + b * C + c, mask=c < C, other=0.0), tl.load(x + b * C)
     if y is not None:
         row += tl.load(y + b * C + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(x + b * C + c, row, mask=c < C)
     tl.store(out + b * C + c, _normalized(row, pivot, c, gain, shift, eps, C), mask=c < C)
+    if y is not None:  # only now, for its sums were waited for: before, there may be threads that have not yet read the pivot
+        tl.store(x + b * C + c, row, mask=c < C)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """What `loss.into_gradient` does, on a GPU in one kernel, written in Triton.
 
-As many rows are worked on at a time as the GPU's L2 cache holds, so that logits are read from memory once and written once.
+Few rows are worked on at a time, which an H200's L2 cache holds in 16 bits, so that logits are read from memory once and
+written once.
 """
 
 from __future__ import annotations

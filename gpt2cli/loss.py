@@ -22,8 +22,8 @@ VOCABULARY_AT_ONCE = 8192  # rows of the weight's gradient; 2,048 to 16,384 were
 
 def rows_at_once(device_type: str, dtype: torch.dtype) -> int:
     """Rows of a chunk: fewer add passes over the weight's gradient, more add memory. On a CPU 256 of fp32 and 512 of bf16
-    were as fast as any."""
-    return 1024 // dtype.itemsize if device_type == "cpu" else 8192
+    were as fast as any, on an H200 8,192."""
+    return {"cpu": 1024 // dtype.itemsize, "cuda": 8192}.get(device_type, 2048)
 
 
 def multiple(device_type: str) -> int:
@@ -111,14 +111,16 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
     def fault() -> str | None:
-        x = 3 * torch.randn(5, 333, device=device, generator=torch.Generator(device).manual_seed(0))
+        V = fused_loss.BLOCK + 64  # as in training it is more than one look, and a multiple of 64
+        x = 3 * torch.randn(5, V, device=device, generator=torch.Generator(device).manual_seed(0))
         ids, found, exact = torch.arange(5, device=device), x.to(dtype), x.to(dtype).float()
         counted = ids != 3
         losses = fused_loss.into_gradient(found, ids, counted, need_grad=True)
         expected = F.cross_entropy(exact, ids, reduction="none") * counted
-        gradient = (exact.softmax(dim=1) - F.one_hot(ids, 333)) * counted[:, None]
-        close = torch.allclose(losses, expected, atol=1e-4) and torch.allclose(found.float(), gradient, atol=0.01)
-        return None if close else "its loss or its gradient is another than torch's"
+        gradient = (exact.softmax(dim=1) - F.one_hot(ids, V)) * counted[:, None]
+        close = 1e-4 if dtype == torch.float32 else 0.01
+        right = torch.allclose(losses, expected, atol=1e-4) and torch.allclose(found.float(), gradient, atol=close)
+        return None if right else "its loss or its gradient is another than torch's"
 
     return trial.passed(("loss", device, dtype), fault, "training")
 
@@ -128,7 +130,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
         return
-    if total.is_cuda and not torch.compiler.is_compiling():  # it adds up in fp32, and rounds once
+    if (
+        total.is_cuda and torch.__version__ >= "2.11" and not torch.compiler.is_compiling()
+    ):  # before, `total` had to be as `a` is
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
         return
     # On a CPU a few rows at a time: their product is in its caches when it is added, and nowhere else.

@@ -69,7 +69,8 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
         block += rows * model.n_head * seq_len * seq_len * 3 * width
     activations = L * tokens * C * 4 + 2 * block if train.activation_checkpointing else L * block
     n = min(tokens, loss_rows)
-    # Logits; in low precision the weights in that dtype, and without a kernel of ours softmax in fp32 and part of the gradient.
+    # Logits; in low precision the weights in that dtype, and where there is no kernel of ours softmax in fp32 and part of the
+    # gradient. (On CUDA there nearly always is one, and what a trial before the run finds to fit counts.)
     loss = n * V * width + (2 * N if low else 0)
     if low and train.device not in ("cpu", "cuda"):
         loss += n * V * 4 + V * C * 2

@@ -149,9 +149,11 @@ class GPT(nn.Module):
         in nats, else None. With `loss_only` the logits are None and never exist as a whole, which is how training saves
         time and memory. Raises UserError where T is beyond `block_size`."""
         if loss_only and targets is not None:
-            # On CUDA a sum of sparse gradients is another one each time; and torch's compiler knows none.
-            exact = idx.device.type == "cpu" or (idx.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
-            tie = self.config.tie_word_embeddings and exact and not torch.compiler.is_compiling()
+            # On CUDA their sum is another one each time, so not where it is to be the same; and torch's compiler knows none.
+            sparse = idx.device.type == "cpu" or (
+                idx.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+            )
+            tie = self.config.tie_word_embeddings and sparse and not torch.compiler.is_compiling()
             wte, head = tied(self.wte.weight) if tie else (None, self.head_weight)
             x = self.hidden(idx, wte=wte)  # (B, T, C)
             return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,8 @@ class Rows:
         self.new = like.new_zeros(size, dtype=torch.int64)  # each row's token chosen last
         self.logprobs = like.new_zeros(size, dtype=torch.float32) if logprobs else None  # and its log probability
         self.readback = Readback(self.new) if self.logprobs is None else Readback(self.new, self.logprobs)
-        kind = (model.config, like.dtype, type(vars(model).get("head")), config, size, n_vocab, logprobs, self.cache.size)
+        how = replace(config, seed=0, max_new_tokens=1)
+        kind = (model.config, like.dtype, type(vars(model).get("head")), how, size, n_vocab, logprobs, self.cache.size)
         self.graphs = Graphs(like.device, kind)
         self.fused = _fused(model, self.cache) if self.graphs.used else None
         few = None if self.graphs.used else few_for(model, size)
@@ -121,7 +123,7 @@ class Rows:
     def _drawing(self) -> Draw:
         from gpt2cli.drawing import drawing  # which needs Triton, as `fused` does
 
-        return drawing(self.config, self.logits[0, : self.n_vocab].numel(), self.logits.device)
+        return drawing(self.config, self.logits[:, : self.n_vocab])
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Compute their prompts' keys, values and first logits, several at once; those of the same prompt are copied."""

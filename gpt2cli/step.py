@@ -48,8 +48,10 @@ def build(
 
 def compile_parts(model: GPT, spread: bool = False) -> None:
     """Have torch's compiler take what is in `model` block by block. These are alike, so that it compiles one of them, in
-    seconds, where the whole of a large model takes minutes and is no faster. The loss has a kernel of its own."""
-    for part in _large(model) if spread else [*model.h, model.ln_f]:
+    seconds, and the whole would be no faster, the loss having a kernel of its own. Where each block has a scale of its own they
+    are not alike."""
+    whole = [model] if model.config.scale_attn_by_inverse_layer_idx else model.h
+    for part in _large(model) if spread else whole:
         part.compile()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 
+import torch
+
 verdicts: dict[Hashable, bool] = {}  # once in a process is enough
 
 
@@ -13,10 +15,12 @@ def passed(kind: Hashable, fault: Callable[[], str | None], what: str) -> bool:
     if kind not in verdicts:
         try:
             reason = fault()
+        except torch.OutOfMemoryError:
+            raise  # which says nothing about the kernels
         except Exception as error:  # a compiler raises what it likes
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0][:200]}"
         verdicts[kind] = reason is None
         if reason is not None:
-            warnings.warn(f"the fused kernels do not work here, so {what} is slower: {reason}", stacklevel=4)
+            warnings.warn(f"the fused kernels do not work here, so {what} is slower: {reason}", stacklevel=3)
     return verdicts[kind]

@@ -140,15 +140,15 @@ def test_the_likeliest_is_the_first_of_them(look, monkeypatch):
 
 
 def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
-    config, greedy = SamplingConfig(), SamplingConfig(greedy=True)
-    assert drawing.drawing(config, 97, DEVICE) is drawing.draw and drawing.drawing(greedy, 97, DEVICE) is drawing.best
+    config, greedy, like = SamplingConfig(), SamplingConfig(greedy=True), torch.zeros(3, 128, device=DEVICE).bfloat16()[:, :97]
+    assert drawing.drawing(config, like) is drawing.draw and drawing.drawing(greedy, like) is drawing.best
     trial.verdicts.clear()
     monkeypatch.setattr(drawing, "draw", lambda logits, config, uniform: choose(logits, config, 0.9 * uniform))
     monkeypatch.setattr(drawing, "best", lambda logits, config, uniform: logits.argmin(dim=-1))
     for settings in (config, greedy):
         with pytest.warns(UserWarning, match="they draw other tokens than torch's"):
-            assert drawing.drawing(settings, 97, DEVICE) is choose
-        assert drawing.drawing(settings, 97, DEVICE) is choose
+            assert drawing.drawing(settings, like) is choose
+        assert drawing.drawing(settings, like) is choose
 
 
 class Unrecorded(Graphs):

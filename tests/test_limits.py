@@ -15,6 +15,7 @@ from gpt2cli.compiled import agree_or_eager
 from gpt2cli.config import GPTConfig
 from gpt2cli.keeper import Keeper
 from gpt2cli.resume import resume_plan
+from gpt2cli.step import compile_parts
 
 from .conftest import QUICK, make_model
 from .test_train import new_plan
@@ -212,6 +213,17 @@ def test_compiled_code_that_is_wrong_or_fails_is_not_used():
     assert why == "it failed with RuntimeError: no C++ compiler" and model._compiled_call_impl is None
     model.config = GPTConfig(**vars(model.config) | {"dropout": 0.1})
     assert compiled_as(model, wrong) is None  # dropout draws other numbers when compiled
+
+
+def test_what_is_alike_is_compiled_once_and_what_is_not_as_a_whole(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    for settings in ({}, {"scale_attn_by_inverse_layer_idx": True}):
+        compile_parts(make_model(**settings))
+    assert [type(part).__name__ for part in compiled] == ["Block"] * 2 + ["GPT"]
+    compiled.clear()
+    compile_parts(make_model(), spread=True)
+    assert [type(part).__name__ for part in compiled] == ["CausalSelfAttention", "MLP"] * 2
 
 
 def test_a_run_tells_that_it_goes_on_without_the_compiler(text_file, monkeypatch):
