@@ -47,11 +47,12 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def new_file(target: Path, *, parents: bool = True) -> Iterator[Path]:
     """The path of a temporary sibling to write; at the end it is flushed to disk and takes the place of `target`. If
-    anything fails it is removed, and `target` is as it was."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    anything fails it is removed, and `target` is as it was. With `parents` folders that are not there are made."""
+    made = [parent for parent in target.parents if parents and not parent.exists()]
+    if parents:
+        target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -135,7 +136,7 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace one file whole or not at all."""
-    with new_file(path) as temporary:
+    with new_file(path, parents=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -92,11 +92,15 @@ def write(run: Path, state: Snapshot) -> Path:
     """Write `run/step-NNNNNN`. Raises OSError on a full disk, and then leaves no trace of the attempt."""
     check_there(run)
     target = folder_of(run, state.progress.step)
-    with atomic.new_folder(target, replace=True) as folder:
-        huggingface.write(folder, state.config, state.weights, state.encoding)
-        write_safetensors(folder / "training.safetensors", state.training)
-        atomic.write_json(folder / "training.json", asdict(state.progress))
-        atomic.seal(folder, {"gpt2cli": __version__, "step": state.progress.step})
+    try:
+        with atomic.new_folder(target, replace=True) as folder:
+            huggingface.write(folder, state.config, state.weights, state.encoding)
+            write_safetensors(folder / "training.safetensors", state.training)
+            atomic.write_json(folder / "training.json", asdict(state.progress))
+            atomic.seal(folder, {"gpt2cli": __version__, "step": state.progress.step})
+    except OSError:
+        check_there(run)
+        raise
     return target
 
 

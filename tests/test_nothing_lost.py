@@ -480,6 +480,20 @@ def test_a_run_folder_that_is_moved_is_told_and_nothing_made_in_its_place(gpt2, 
         assert done.code == 1 and "error: run is gone: put it back" in done.err and not Path("run").exists()
 
 
+def test_nothing_is_made_in_the_place_of_a_run_folder_that_is_moved_while_a_checkpoint_is_written(gpt2, text_file, monkeypatch):
+    write = checkpoint.write_safetensors
+
+    def moved(path, tensors):
+        write(path, tensors)
+        if Path("run/step-000002").exists():
+            Path("run").rename("away")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", moved)
+    done = gpt2("train", text_file, *QUICK, "--steps", 4, "--save-every", 2, "--eval-every", 0, "--out", "run")
+    assert done.code == 1 and "error: run is gone: put it back" in done.err and not Path("run").exists()
+    assert [p.name for p in checkpoint.checkpoints(Path("away"))] == ["step-000002"]
+
+
 def test_a_disk_that_may_not_be_written_is_no_full_disk_and_not_waited_for(gpt2, text_file, monkeypatch):
     def forbidden(run, state):
         raise PermissionError(13, "Permission denied", str(run))
