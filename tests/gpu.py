@@ -26,7 +26,7 @@ TESTS = {
     "decoding": ["tests/test_fused.py", "tests/test_generate.py"],
     "training": ["tests/test_model.py", "tests/test_distributed.py"],
 }
-RUN = ["train", "--preset", "gpt2", "--steps", "40", "--eval-every", "20", "--save-every", "20"]
+RUN = ["train", "--device", "cuda", "--preset", "gpt2", "--eval-every", "20", "--save-every", "20", "--max-minutes", "1"]
 TRAIN = ["bench", "train", "--dtype", "bf16", "--seq-len", "1024", "--compile", "--device", "cuda", "--json"]
 SAMPLE = ["bench", "sample", "--dtype", "bf16", "--prompt-tokens", "32", "--new-tokens", "256", "--device", "cuda", "--json"]
 ATTENTION = [
@@ -75,21 +75,27 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     warm_up(options.out, seconds=min(90, 20 * options.minutes))
-    run = tempfile.mkdtemp()
-    for command in [[*RUN, "--out", run], ["train", "--resume", "--steps", "60", "--out", run], *COMMANDS]:
-        at = time.monotonic() - started
-        if at > 60 * options.minutes - 15:
-            print("no time left for", *command, flush=True)
-            continue
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            status = app.run(command)
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(f"after {at:.0f} s:", *command, f"-> {status}", said.getvalue()[-3000:], flush=True)
-        if command[0] == "bench":
-            with (options.out / "bench.jsonl").open("a") as file:
-                file.write(said.getvalue())
+    with tempfile.TemporaryDirectory() as run:
+        go_on = ["train", "--resume", "--steps", "60", "--max-minutes", "1", "--out", run + "/run"]
+        for command in [[*RUN, "--steps", "40", "--out", run + "/run"], go_on, *COMMANDS]:
+            at = time.monotonic() - started
+            if at < 60 * options.minutes - 15:
+                said = do(command)
+                print(f"after {at:.0f} s:", *command, said[-3000:], flush=True)
+                if command[0] == "bench":
+                    with (options.out / "bench.jsonl").open("a") as file:
+                        file.write(said)
+            else:
+                print("no time left for", *command, flush=True)
+
+
+def do(command: list[str]) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = app.run(command)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return said.getvalue() if status == 0 else f"ended with {status}: {said.getvalue()}"
 
 
 def warm_up(out: Path, seconds: float) -> None:
