@@ -82,7 +82,7 @@ def main() -> None:
             if at < 60 * options.minutes - 15:
                 said = do(command)
                 print(f"after {at:.0f} s:", *command, said[-3000:], flush=True)
-                if command[0] == "bench":
+                if said.startswith("{"):
                     with (options.out / "bench.jsonl").open("a") as file:
                         file.write(said)
             else:
