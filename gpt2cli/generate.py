@@ -103,7 +103,7 @@ def continue_all(
 
 
 @contextmanager
-def evaluating(model: GPT, compiled: Sequence[nn.Module] = ()) -> Iterator[None]:
+def evaluating(model: GPT, compiled: Sequence[nn.Module]) -> Iterator[None]:
     """Without dropout, also where `model` is being trained, and without torch's compiler, which would compile its `compiled`
     modules again for every number of tokens; and then as it was."""
     training = [module for module in model.modules() if module.training] if model.training else []

@@ -130,9 +130,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
         return
-    if (
-        total.is_cuda and torch.__version__ >= "2.11" and not torch.compiler.is_compiling()
-    ):  # before, `total` had to be as `a` is
+    # Before 2.11 `total` has to be of the factors' dtype.
+    if total.is_cuda and torch.__version__ >= "2.11" and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
         return
     # On a CPU a few rows at a time: their product is in its caches when it is added, and nowhere else.

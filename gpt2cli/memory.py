@@ -74,14 +74,12 @@ def of_training(model: GPTConfig, train: TrainConfig, *, rows: int, loss_rows: i
     loss = n * V * width + (2 * N if low else 0)
     if low and train.device not in ("cpu", "cuda"):
         loss += n * V * 4 + V * C * 2
-    dense = (train.device != "cpu" and (train.device != "cuda" or train.deterministic)) or not model.tie_word_embeddings
-    embedding = V * C * 4 if dense else 0  # its gradient as an input, beside that as an output
+    sparse = train.device == "cpu" or (train.device == "cuda" and not train.deterministic)
+    embedding = 0 if sparse and model.tie_word_embeddings else V * C * 4  # its gradient as an input, beside that as an output
     need = 4 * held + activations + loss + embedding
     if train.device == "cpu":  # a copy of the state while it is written, and gaps between tensors
         need += INTERPRETER + (N + moments) * 4 + (activations + loss) // 4
-        if (
-            train.compile == "on" or train.activation_checkpointing or train.deterministic or world_size > 1
-        ):  # all of which load it
-            need += COMPILER
+        loads_it = train.compile == "on" or train.activation_checkpointing or train.deterministic or world_size > 1
+        need += COMPILER if loads_it else 0
         need += SAMPLER if train.sample_every else 0
     return need

@@ -150,9 +150,8 @@ class GPT(nn.Module):
         time and memory. Raises UserError where T is beyond `block_size`."""
         if loss_only and targets is not None:
             # On CUDA their sum is another one each time, so not where it is to be the same; and torch's compiler knows none.
-            sparse = idx.device.type == "cpu" or (
-                idx.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-            )
+            on, same = idx.device.type, torch.are_deterministic_algorithms_enabled()
+            sparse = on == "cpu" or (on == "cuda" and not same)
             tie = self.config.tie_word_embeddings and sparse and not torch.compiler.is_compiling()
             wte, head = tied(self.wte.weight) if tie else (None, self.head_weight)
             x = self.hidden(idx, wte=wte)  # (B, T, C)

@@ -211,3 +211,25 @@ def test_on_cuda_flash_attention_in_bf16_is_near_fp32_and_compiled_near_eager():
     assert flash.item() == pytest.approx(exact.item(), rel=0.01)
     model.compile()
     assert model(ids[:, :-1], ids[:, 1:], loss_only=True)[1].item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_cuda_loss_and_gradients_are_a_cpus(deterministic):
+    """By the loss's kernel, with a sparse gradient of the embedding and without."""
+    from gpt2cli import device
+
+    ids = torch.randint(97, (3, 33))
+    results = []
+    device.set_deterministic(deterministic)
+    try:
+        for where in ("cpu", "cuda"):
+            model, batch = make_model().to(where), ids.to(where)
+            loss = model(batch[:, :-1], batch[:, 1:], loss_only=True)[1]
+            loss.backward()
+            results.append([loss.cpu(), *(p.grad.cpu() for p in model.parameters())])
+    finally:
+        device.set_deterministic(False)
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert torch.allclose(found, expected, atol=2e-3)  # TF32
