@@ -21,23 +21,24 @@ def put(there: Tensor, values: Sequence[float]) -> None:
 
 
 class Readback:
-    """Copies of tensors on the host: `start` them behind the work that is under way, and `lists` waits for them alone, not for
-    what the device has been given since."""
+    """Copies of tensors on the host: `start` them behind the work that is under way, and `lists` waits for them alone. Neither
+    do they wait for what the device is given since, nor that for them: until then it must leave the tensors as they are."""
 
     def __init__(self, *there: Tensor) -> None:
         self._there = there
         self._here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in there]
-        self._event = torch.cuda.Event() if there[0].is_cuda else None
+        self._stream = torch.cuda.Stream(there[0].device) if there[0].is_cuda else None
 
     def start(self) -> None:
-        for here, there in zip(self._here, self._there, strict=True):
-            here.copy_(there, non_blocking=there.is_cuda)
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._there[0].device))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for here, there in zip(self._here, self._there, strict=True):
+                here.copy_(there, non_blocking=there.is_cuda)
 
     def lists(self) -> list[list[float]]:
-        if self._event is not None:
-            self._event.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
         return [here.tolist() for here in self._here]
 
 

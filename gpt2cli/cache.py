@@ -21,7 +21,8 @@ class KVCache:
         shape = config.n_layer, B, config.n_head, self.size, config.head_size
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # what is masked must not be NaN
         self.lengths = [0] * B
-        self.at = torch.zeros(B, dtype=torch.int64, device=like.device)  # the lengths, as last told to the device
+        self.at = torch.zeros(B, dtype=torch.int64, device=like.device)  # the lengths, as the device knows them
+        self.known: list[int] | None = None  # what is in it; None where that is uncertain
 
     def rows(self, B: int) -> Even | Masked:
         lengths = self.lengths[:B]
@@ -31,8 +32,10 @@ class KVCache:
         return Masked(self, B, max(lengths) + 1)
 
     def tell(self) -> None:
-        """Let the device know the lengths."""
-        put(self.at, self.lengths)
+        """Let the device know the lengths, if it does not."""
+        if self.known != self.lengths:
+            put(self.at, self.lengths)
+            self.known = list(self.lengths)
 
     def copy(self, source: int, target: int) -> None:
         """Make one row what another one is."""

@@ -1,4 +1,9 @@
-"""The next token from logits on a GPU: what `sampling.choose` does, in a kernel or two and without sorting."""
+"""The next token from logits on a GPU: what `sampling.choose` does, without sorting.
+
+Each row of logits is in parts, a program each, so that one row is work for all of a GPU. What is kept of it, by top-k or top-p,
+is found by asking, a kernel each time, what there is from each of several numbers on, and going on between the two that it lies
+between.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,14 @@ from gpt2cli import trial
 from gpt2cli.config import SamplingConfig
 from gpt2cli.sampling import choose
 
-LOOK, WARPS = 8192, 16  # logits at once, and by how many threads
-Draw = Callable[[Tensor, SamplingConfig, Tensor], Tensor]
+PART, WARPS = 1024, 8  # logits of a program, and its threads
+ASKED = tl.constexpr(32)  # numbers at once
+BITS = 0x3F800001  # weights are from 0 to 1, and as integers their bits are below that, in the same order
+Draw = Callable[[Tensor, SamplingConfig, Tensor, Tensor], None]
 
 
 def drawing(config: SamplingConfig, like: Tensor) -> Draw:
-    """`draw`, or `best`, or `choose` where they do not choose the same, or fail with logits `like` (B, V)."""
+    """`draw`, or `best`, or `plain` where they do not choose the same, or fail with logits `like` (B, V)."""
     ours: Draw = best if config.greedy else draw
     V, device = like.shape[1], like.device
 
@@ -26,49 +33,83 @@ def drawing(config: SamplingConfig, like: Tensor) -> Draw:
         places = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(device)
         logits = -0.1 * config.temperature * places.float().expand(16, V)  # each a tenth less likely than the one before
         uniform = (torch.arange(16, device=device) + 0.5) / 16
-        ours(like[:1], config, uniform[:1])  # in 16 bits many are equally likely, so that these are not compared
-        same = torch.equal(ours(logits, config, uniform), choose(logits, config, uniform))
-        return None if same else "they draw other tokens than torch's"
+        found, expected = (torch.zeros(16, dtype=torch.int64, device=device) for _ in range(2))
+        ours(like[:1], config, uniform[:1], found[:1])  # in 16 bits many are equally likely, so that these are not compared
+        ours(logits, config, uniform, found)
+        plain(logits, config, uniform, expected)
+        return None if torch.equal(found, expected) else "they draw other tokens than torch's"
 
     kind = ("draw", config.greedy, V, config.top_k, config.top_p, like.dtype, device)
-    return ours if trial.passed(kind, fault, "decoding") else choose
+    return ours if trial.passed(kind, fault, "decoding") else plain
 
 
-def best(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
-    """The likeliest of logits (B, V), the first of them where several are."""
-    (B, V), device = logits.shape, logits.device
-    parts = triton.cdiv(V, LOOK)
-    tops, places = torch.empty(B, parts, device=device), torch.empty(B, parts, dtype=torch.int32, device=device)
-    drawn = torch.empty(B, dtype=torch.int64, device=device)
+def plain(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
+    """What the others do, by torch."""
+    drawn.copy_(choose(logits, config, uniform))
+
+
+def best(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
+    """Write into `drawn` (B) the likeliest of logits (B, V), the first of them where several are."""
+    (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], PART)
     with torch.cuda.device_of(logits):
-        _best[(parts, B)](logits, logits.stride(0), V, tops, places, LOOK)
-        _best_of[(B,)](tops, places, V, parts, drawn, triton.next_power_of_2(parts))
-    return drawn
+        _best_of[(B,)](*_tops(logits), V, parts, drawn, triton.next_power_of_2(parts))
 
 
-def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor) -> Tensor:
-    """Ids (B) as `choose` draws them; of ids that are exactly as likely all are kept, or none."""
-    (B, V), device = logits.shape, logits.device
-    block = min(LOOK, triton.next_power_of_2(V))
-    weights = torch.empty(B, triton.cdiv(V, block) * block, device=device)  # in whole blocks, read without masks
-    drawn = torch.empty(B, dtype=torch.int64, device=device)
-    top_k = None if config.top_k is None else float(min(config.top_k, V))
-    top_p = None if config.top_p is None or config.top_p >= 1 else config.top_p
-    settings = config.temperature, top_k, top_p, config.min_p or 0.0
+def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
+    """Write into `drawn` (B) ids as `choose` draws them from logits (B, V); of ids that are exactly as likely all are kept, or
+    none."""
+    (B, V), like = logits.shape, uniform
+    parts = triton.cdiv(V, PART)
+    padded = triton.next_power_of_2(parts)
+    weights = like.new_empty(B, parts * PART)  # in whole parts, read without masks
+    kept, least = like.new_empty(B, parts), None
     with torch.cuda.device_of(logits):
-        _draw[(B,)](logits, logits.stride(0), weights, uniform, drawn, V, *settings, block, num_warps=WARPS)
-    return drawn
+        tops, _ = _tops(logits)
+        _weigh[(parts, B)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, PART, num_warps=WARPS)
+        if config.top_k is not None:
+            least = _least(weights, None, float(min(config.top_k, V)), count=True)
+        if config.top_p is not None and config.top_p < 1:
+            least = _least(weights, least, config.top_p, count=False)
+        _keep[(parts, B)](weights, least, config.min_p or 0.0, kept, parts, PART, num_warps=WARPS)
+        _draw[(B,)](weights, least, config.min_p or 0.0, kept, uniform, drawn, V, parts, padded, PART, num_warps=WARPS)
+
+
+def _tops(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest of each part of the rows, (B, parts): the logits, and the ids."""
+    (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], PART)
+    tops = torch.empty(B, parts, device=logits.device)
+    places = torch.empty(B, parts, dtype=torch.int32, device=logits.device)
+    _best[(parts, B)](logits, logits.stride(0), V, tops, places, parts, PART, num_warps=WARPS)
+    return tops, places
+
+
+def _least(weights: Tensor, floor: Tensor | None, want: float, count: bool) -> Tensor:
+    """The largest number (B) of which there is `want` in the weights from it on, which are from `floor` (B) on, too: so many of
+    them, or else this part of their sum."""
+    B, parts = len(weights), weights.shape[1] // PART
+    padded = triton.next_power_of_2(parts)
+    first, before, low, width = None, None, None, BITS
+    while width > 1:
+        asked_before, width = width, triton.cdiv(width, ASKED.value)
+        there = weights.new_empty(B, parts, ASKED.value)
+        lower = weights.new_empty(B, dtype=torch.int32)
+        how = {"COUNT": count, "PARTS": padded, "PART": PART, "num_warps": WARPS}
+        _ask[(parts, B)](weights, floor, first, before, low, asked_before, want, width, there, lower, parts, **how)
+        first, before, low = there if first is None else first, there, lower
+    least = weights.new_empty(B)
+    _answer[(B,)](first, before, low, width, want, floor, least, parts, COUNT=count, PARTS=padded)
+    return least
 
 
 @triton.jit
-def _best(logits, stride, V, tops, places, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _best(logits, stride, V, tops, places, parts, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """The likeliest of a part of a row."""
     part, row = tl.program_id(0), tl.program_id(1)
-    n = part * BLOCK + tl.arange(0, BLOCK)
+    n = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row.to(tl.int64) * stride + n, mask=n < V, other=float("-inf")).to(tl.float32)
     top, place = tl.max(x, 0, return_indices=True)
-    tl.store(tops + row * tl.num_programs(0) + part, top)
-    tl.store(places + row * tl.num_programs(0) + part, part * BLOCK + place)
+    tl.store(tops + row * parts + part, top)
+    tl.store(places + row * parts + part, part * PART + place)
 
 
 @triton.jit
@@ -80,71 +121,94 @@ def _best_of(tops, places, V, parts, drawn, PARTS: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _draw(  # type: ignore[no-untyped-def]
-    logits, stride, weights, uniform, drawn, V, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr
+def _weigh(logits, stride, tops, weights, V, temperature, parts, PARTS: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights are probabilities over the likeliest one's."""
+    part, row, p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, PARTS)
+    top = tl.max(tl.load(tops + row * parts + p, mask=p < parts, other=float("-inf")))
+    n = part * PART + tl.arange(0, PART)
+    x = tl.load(logits + row * stride + n, mask=n < V, other=float("-inf")).to(tl.float32)
+    tl.store(weights + row * parts * PART + n, tl.exp(x / temperature - top / temperature))  # 0 behind the last
+
+
+@triton.jit(do_not_specialize=["asked", "width"])
+def _ask(  # type: ignore[no-untyped-def]
+    weights,
+    floor,
+    first,
+    before,
+    low,
+    asked,
+    want,
+    width,
+    there,
+    lower,
+    parts,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """A program a row of logits (B, V). Weights are probabilities over the likeliest one's. `top_k` and `top_p` may be None."""
-    row, W = tl.program_id(0).to(tl.int64), tl.cdiv(V, BLOCK) * BLOCK
-    logits += row * stride
-    weights += row * W
-    top = float("-inf")
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        top = tl.maximum(top, tl.max(tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)))
-    for start in range(0, V, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + n, mask=n < V, other=float("-inf")).to(tl.float32)
-        tl.store(weights + n, tl.exp(x / temperature - top / temperature))  # 0 behind the last
-    tl.debug_barrier()
+    """What there is in a part of a row from each of the numbers on that are `width` apart."""
+    part, row, q = tl.program_id(0), tl.program_id(1), tl.arange(0, ASKED)
+    weight = tl.load(weights + (row.to(tl.int64) * parts + part) * PART + tl.arange(0, PART))[None, :]
+    start = tl.full((), 0, tl.int32)
+    if before is not None:
+        start = _found(first, before, low, asked, want, row, parts, COUNT, PARTS)
+    least = (start + q * width).to(tl.float32, bitcast=True)
+    if floor is not None:
+        least = tl.maximum(least, tl.load(floor + row))
+    tl.store(
+        there + (row * parts + part) * ASKED + q, tl.sum(tl.where(weight >= least[:, None], 1.0 if COUNT else weight, 0.0), 1)
+    )
+    tl.store(lower + row, start)
 
-    least = 0.0
-    if top_k is not None:
-        least = _least(weights, W, 0.0, top_k, True, BLOCK)
-    if top_p is not None:
-        least = _least(weights, W, least, top_p * _kept(weights, W, least, False, BLOCK), False, BLOCK)
-    least = tl.maximum(least, min_p)
 
-    target = tl.load(uniform + row) * _kept(weights, W, least, False, BLOCK)
-    here, before_here, before = 0, 0.0, 0.0
-    for start in range(0, W, BLOCK):
-        weight = tl.load(weights + start + tl.arange(0, BLOCK))
-        weight = tl.sum(tl.where(weight >= least, weight, 0.0))
-        reached = (weight > 0) & (before <= target)  # the last of them holds it, or all there is
-        here, before_here = tl.where(reached, start, here), tl.where(reached, before, before_here)
-        before += weight
-    n = here + tl.arange(0, BLOCK)
-    weight = tl.load(weights + n)
-    weight = tl.where(weight >= least, weight, 0.0)
-    passed = (before_here + tl.cumsum(weight) > target) & (weight > 0)
-    found, last = tl.min(tl.where(passed, n, V)), tl.max(tl.where(weight > 0, n, 0))
-    tl.store(drawn + row, tl.where(found < V, found, last))
+@triton.jit(do_not_specialize=["asked"])
+def _answer(first, before, low, asked, want, floor, least, parts, COUNT: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    found = _found(first, before, low, asked, want, row, parts, COUNT, PARTS).to(tl.float32, bitcast=True)
+    if floor is not None:
+        found = tl.maximum(found, tl.load(floor + row))
+    tl.store(least + row, found)
 
 
 @triton.jit
-def _kept(weights, W, least, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many weights are at least `least`, or their sum."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, W, BLOCK):
-        weight = tl.load(weights + start + tl.arange(0, BLOCK))
-        sums += tl.where(weight >= least, 1.0 if COUNT else weight, 0.0)
-    return tl.sum(sums)
+def _found(first, before, low, asked, want, row, parts, COUNT: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The highest number asked about `before` from which on there is as much as wanted."""
+    p, q = tl.arange(0, PARTS), tl.arange(0, ASKED)
+    place = row * parts * ASKED + p * ASKED
+    there = tl.sum(tl.load(before + place[:, None] + q[None, :], mask=(p < parts)[:, None], other=0.0), 0)  # (ASKED)
+    if not COUNT:  # of all, which is what was asked first
+        want *= tl.sum(tl.load(first + place, mask=p < parts, other=0.0))
+    return tl.load(low + row) + tl.maximum(tl.sum((there >= want).to(tl.int32)) - 1, 0) * asked
 
 
 @triton.jit
-def _least(weights, W, floor, want, COUNT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest number of which there is `want` in the weights from it on, which are from `floor` on, too. Weights are from 0
-    to 1, and the bits of such numbers are in the order of their sizes, so that a search over these finds it exactly: each time
-    the weights are read, a quarter of what is left remains."""
-    low, width, quarter = tl.full((), 0, tl.int32), tl.full((), 0x3F800001, tl.int32), tl.arange(0, 4)
-    n = tl.arange(0, BLOCK)
-    for _ in range(15):
-        width = (width + 3) // 4
-        least = tl.maximum((low + quarter * width).to(tl.float32, bitcast=True), floor)[:, None]  # (4, 1)
-        kept = tl.zeros((4, BLOCK), tl.float32)
-        weight = tl.load(weights + n)[None, :]
-        for start in range(0, W, BLOCK):
-            ahead = tl.load(weights + n + start + BLOCK, mask=n + start + BLOCK < W, other=0.0)[None, :]
-            kept += tl.where(weight >= least, 1.0 if COUNT else weight, 0.0)
-            weight = ahead
-        low += tl.maximum(tl.sum((tl.sum(kept, 1) >= want).to(tl.int32)) - 1, 0) * width
-    return tl.maximum(low.to(tl.float32, bitcast=True), floor)
+def _keep(weights, least, min_p, kept, parts, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    part, row = tl.program_id(0), tl.program_id(1)
+    weight = _kept(weights, least, min_p, row, part, parts, PART)
+    tl.store(kept + row * parts + part, tl.sum(weight))
+
+
+@triton.jit
+def _draw(  # type: ignore[no-untyped-def]
+    weights, least, min_p, kept, uniform, drawn, V, parts, PARTS: tl.constexpr, PART: tl.constexpr
+):
+    """The first id at which the sum of what is kept passes the row's part of it all."""
+    row, p, n = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PART)
+    sums = tl.load(kept + row * parts + p, mask=p < parts, other=0.0)
+    until = tl.cumsum(sums)
+    target = tl.load(uniform + row) * tl.sum(sums)
+    here = tl.max(tl.where((sums > 0) & (until - sums <= target), p, 0))  # the last of them holds it, or all there is
+    weight = _kept(weights, least, min_p, row, here, parts, PART)
+    passed = (tl.sum(tl.where(p < here, sums, 0.0)) + tl.cumsum(weight) > target) & (weight > 0)
+    found, last = tl.min(tl.where(passed, n, PART)), tl.max(tl.where(weight > 0, n, 0))
+    tl.store(drawn + row, here * PART + tl.where(found < PART, found, last).to(tl.int64))
+
+
+@triton.jit
+def _kept(weights, least, min_p, row, part, parts, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights of a part, 0 for those that are not kept."""
+    weight = tl.load(weights + (row.to(tl.int64) * parts + part) * PART + tl.arange(0, PART))
+    if least is not None:
+        min_p = tl.maximum(min_p, tl.load(least + row))
+    return tl.where(weight >= min_p, weight, 0.0)

@@ -12,6 +12,7 @@ hidden.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -55,8 +56,8 @@ class Fused:
         self._start = Start(like.device)
 
     def step(self, ids: Tensor, logits: Tensor) -> None:
-        """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at`. There may be
-        columns behind, of no use: a GPU's products want an even number of outputs."""
+        """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at` and are counted
+        there. There may be columns behind, of no use: a GPU's products want an even number of outputs."""
         with torch.cuda.device_of(ids):
             self._embed(ids)
             (self._few if len(ids) <= FEW else self._many)(len(ids), logits)
@@ -97,7 +98,8 @@ class Fused:
     ) -> None:
         """out = layer(x), or with `add` out += layer(x); x (B, K) through `norm` first, then the `activation`. The layer is an
         `nn.Linear` or a `linear.Int8Linear`."""
-        weight, scale, bias = layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None)
+        weight, scale = layer.weight, layer.scale if isinstance(layer, Int8Linear) else None
+        bias = None if layer is self._head else layer.bias
         B, (N, K), sizes = len(x), weight.shape, blocks(*weight.shape)
         programs = triton.cdiv(N, sizes["BLOCK_N"])
         ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
@@ -168,6 +170,7 @@ def suits(model: GPT) -> bool:
     return right and max(config.n_embd, config.inner_size) <= WIDEST
 
 
+@cache
 def blocks(N: int, K: int) -> dict[str, int]:
     """How many outputs of a product a program makes, reading all K weights of each at once, and how many threads it has."""
     block_k = triton.next_power_of_2(K)
@@ -175,6 +178,7 @@ def blocks(N: int, K: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(4, block_n * block_k // (32 * PER_THREAD))}
 
 
+@cache
 def looks(programs: int, head: int, processors: int) -> dict[str, int]:
     """The sizes of `_attend`: how many tokens it looks at at once, more where there are not enough programs to keep the GPU
     busy, with `head` numbers each."""
@@ -184,7 +188,7 @@ def looks(programs: int, head: int, processors: int) -> dict[str, int]:
 
 @triton.jit
 def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x[b] = wte[ids[b]] + wpe[at[b]]; a program a row."""
+    """x[b] = wte[ids[b]] + wpe[at[b]], and at[b] += 1; a program a row."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -192,6 +196,8 @@ def _embed(ids, at, wte, wpe, x, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl
     token, place = tl.load(ids + b), tl.load(at + b)
     embedded = tl.load(wte + token * C + c, mask=c < C).to(tl.float32) + tl.load(wpe + place * C + c, mask=c < C).to(tl.float32)
     tl.store(x + b * C + c, embedded, mask=c < C)
+    tl.debug_barrier()  # all have read it
+    tl.store(at + b, place + 1)
 
 
 @triton.jit
@@ -309,7 +315,7 @@ def _attend(  # type: ignore[no-untyped-def]
     h, s = tl.arange(0, BLOCK), tl.arange(0, TOKENS)
     if EARLY:
         gdc_launch_dependents()
-    held = tl.load(at + b)
+    held = tl.load(at + b, cache_modifier=".cg") - 1  # not counting the new ones
     row = (b.to(tl.int64) * tl.num_programs(0) + head) * size * HS
     k, v = _held(k_held, row, s, held, h, HS), _held(v_held, row, s, held, h, HS)  # of steps before
     if EARLY:

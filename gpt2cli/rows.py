@@ -118,7 +118,7 @@ class Rows:
         self.fused = _fused(model, self.cache) if self.graphs.used else None
         few = None if self.graphs.used else few_for(model, size)
         self.few = few.Few(model, self.cache) if few else None
-        self.draw = self._drawing() if self.fused else choose
+        self.draw = self._drawing() if self.fused else None
 
     def _drawing(self) -> Draw:
         from gpt2cli.drawing import drawing  # which needs Triton, as `fused` does
@@ -219,10 +219,13 @@ class Rows:
             self.graphs.run(("step", B, S), by_model)
         elif self.fused.verdict(B):
             self.graphs.run(("fused step", B), partial(self.fused.step, self.new[:B], self.wide[:B]))
+            self.cache.known = [length + (n < B) for n, length in enumerate(self.cache.lengths)]
         else:  # not known yet
             by_model()
             self.fused.judge(self.new[:B], self.wide[:B])
+            self.cache.known = None
             if not self.fused.verdict(B):
+                self.cache.tell()
                 by_model()  # once more, since keys and values are wrong now
 
     # ==== on the device alone, the first B rows ====
@@ -231,8 +234,11 @@ class Rows:
         logits = plain = self.logits[:B, : self.n_vocab]
         if self.seen is not None:
             logits = penalize(plain.float(), self.seen[:B, : self.n_vocab], self.config.repetition_penalty)
-        new = self.draw(logits, self.config, self.uniform[:B])[:, None]  # (B, 1)
-        self.new[:B] = new[:, 0]
+        if self.draw:
+            self.draw(logits, self.config, self.uniform[:B], self.new[:B])
+        else:
+            self.new[:B] = choose(logits, self.config, self.uniform[:B])
+        new = self.new[:B, None]  # (B, 1)
         if self.seen is not None:
             self.seen[:B].scatter_(1, new, True)
         if self.logprobs is not None:

@@ -44,10 +44,12 @@ ATTENTION = [
     "cuda",
 ]
 COMMANDS = [
-    [*TRAIN, "--preset", "gpt2", "--batch-size", "32", "--compare", "hf"],
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "64", "--compare", "hf"],
+    [*SAMPLE, "--preset", "gpt2-xl", "--repeats", "5"],
+    [*SAMPLE, "--preset", "gpt2", "--repeats", "5"],
     [*TRAIN, "--preset", "gpt2-large", "--batch-size", "32"],
     [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "64"],
-    [*SAMPLE, "--preset", "gpt2-xl"],
+    [*SAMPLE, "--preset", "gpt2", "--batch-size", "256", "--repeats", "5"],
     [*TRAIN, "--preset", "gpt2", "--batch-size", "256"],
     [*TRAIN, "--preset", "gpt2", "--batch-size", "64", "--optimizer", "muon"],
     [*SAMPLE, "--preset", "gpt2", "--batch-size", "16"],
@@ -67,6 +69,16 @@ def compile_block(preset: str, rows: int, optimizer: str = "adamw") -> None:
     our_training(config, "cuda", "bf16", optimizer, rows, 1024, compile=True)[1]()
 
 
+def compile_theirs(preset: str, rows: int) -> None:
+    from dataclasses import replace
+
+    from gpt2cli import peers
+    from gpt2cli.config import PRESETS, GPTConfig
+
+    config = replace(GPTConfig(**PRESETS[preset]), dropout=0.0, attn_dropout=0.0)
+    peers.hf_training(config, "cuda", "bf16", "adamw", rows, 1024, compile=True)[1]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -77,7 +89,8 @@ def main() -> None:
     warm_up(options.out, seconds=min(90, 20 * options.minutes))
     with tempfile.TemporaryDirectory() as run:
         go_on = ["train", "--resume", "--steps", "60", "--max-minutes", "1", "--out", run + "/run"]
-        for command in [[*RUN, "--steps", "40", "--out", run + "/run"], go_on, *COMMANDS]:
+        drawn = ["sample", run + "/run", "--prompt", "KING.", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cuda"]
+        for command in [[*RUN, "--steps", "40", "--out", run + "/run"], go_on, drawn, *COMMANDS]:
             at = time.monotonic() - started
             if at < 60 * options.minutes - 15:
                 said = do(command)
@@ -101,8 +114,9 @@ def do(command: list[str]) -> str:
 def warm_up(out: Path, seconds: float) -> None:
     """The tests and the compiler's work, at once: their times do not matter."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    shapes = [("gpt2", 32), ("gpt2", 256), ("gpt2-large", 32), ("gpt2-medium", 64)]
+    shapes = [("gpt2", 64), ("gpt2", 256), ("gpt2-large", 32), ("gpt2-medium", 64)]
     compiling = [f"from tests.gpu import compile_block; compile_block({preset!r}, {rows})" for preset, rows in shapes]
+    compiling.append("from tests.gpu import compile_theirs; compile_theirs('gpt2', 64)")
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     commands = {name: [*pytest, *files] for name, files in TESTS.items()}
     commands |= {f"compiling-{n}": [sys.executable, "-c", code] for n, code in enumerate(compiling)}

@@ -48,6 +48,7 @@ def test_a_step_is_the_models(lengths):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_is_the_models_in_every_shape(shape, monkeypatch):
     looks = fused.looks
+    monkeypatch.setattr(fused, "blocks", fused.blocks.__wrapped__)
     monkeypatch.setattr(fused, "NUMBERS", 64)  # many programs
     monkeypatch.setattr(fused, "looks", lambda *sizes: looks(*sizes) | {"TOKENS": 16})  # many looks at the tokens
     assert apart(make_model(**shape).to(DEVICE), [31, 2]) < 1e-5
@@ -106,14 +107,20 @@ OPTIONS = [
 ]
 
 
+def drawn(draw, logits, config, uniform):
+    found = torch.zeros(len(logits), dtype=torch.int64, device=DEVICE)
+    draw(logits, config, uniform, found)
+    return found
+
+
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("look", [16, 4096])
-def test_what_is_drawn_is_what_is_chosen(options, look, monkeypatch):
-    monkeypatch.setattr(drawing, "LOOK", look)
+@pytest.mark.parametrize("part", [16, 1024])
+def test_what_is_drawn_is_what_is_chosen(options, part, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", part)
     torch.manual_seed(0)
     logits, uniform = 2 * torch.randn(5, 41, device=DEVICE), torch.rand(5, device=DEVICE)
     config = SamplingConfig(**options)
-    found = drawing.draw(logits[:, :37], config, uniform)  # not contiguous
+    found = drawn(drawing.draw, logits[:, :37], config, uniform)  # not contiguous
     assert torch.equal(found, choose(logits[:, :37], config, uniform))
     assert options.get("temperature") != 50 or torch.equal(found, logits[:, :37].argmax(dim=-1))
 
@@ -122,20 +129,20 @@ def test_all_that_are_as_likely_are_kept_and_ends_are_drawn():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, -torch.inf]], device=DEVICE)
     almost = torch.tensor([1 - 2**-24], device=DEVICE)
     for config in (SamplingConfig(top_k=2, top_p=None), SamplingConfig(top_p=0.6)):  # the likeliest alone has 0.45
-        assert drawing.draw(logits, config, almost).tolist() == [4]
-        assert drawing.draw(logits, config, 0 * almost).tolist() == [1]
-    assert drawing.draw(logits, SamplingConfig(top_p=None), almost).tolist() == [4]
+        assert drawn(drawing.draw, logits, config, almost).tolist() == [4]
+        assert drawn(drawing.draw, logits, config, 0 * almost).tolist() == [1]
+    assert drawn(drawing.draw, logits, SamplingConfig(top_p=None), almost).tolist() == [4]
 
 
-@pytest.mark.parametrize("look", [16, 4096])
-def test_the_likeliest_is_the_first_of_them(look, monkeypatch):
-    monkeypatch.setattr(drawing, "LOOK", look)
+@pytest.mark.parametrize("part", [16, 1024])
+def test_the_likeliest_is_the_first_of_them(part, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", part)
     torch.manual_seed(0)
     logits = torch.randn(5, 41, device=DEVICE).bfloat16()
     logits[0, [5, 20, 33]] = logits[1, 36] = logits[2, 40] = 9.0
     logits[3] = -torch.inf
     logits[4, ::2] = torch.nan
-    *found, of_infinities, of_nan = drawing.best(logits[:, :37], SamplingConfig(greedy=True), logits[:, 0]).tolist()
+    *found, of_infinities, of_nan = drawn(drawing.best, logits[:, :37], SamplingConfig(greedy=True), logits[:, 0]).tolist()
     assert found == [5, 36, int(logits[2, :37].argmax())] and of_infinities == 0 and 0 <= of_nan < 37
 
 
@@ -143,12 +150,14 @@ def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
     config, greedy, like = SamplingConfig(), SamplingConfig(greedy=True), torch.zeros(3, 128, device=DEVICE).bfloat16()[:, :97]
     assert drawing.drawing(config, like) is drawing.draw and drawing.drawing(greedy, like) is drawing.best
     trial.verdicts.clear()
-    monkeypatch.setattr(drawing, "draw", lambda logits, config, uniform: choose(logits, config, 0.9 * uniform))
-    monkeypatch.setattr(drawing, "best", lambda logits, config, uniform: logits.argmin(dim=-1))
+    monkeypatch.setattr(
+        drawing, "draw", lambda logits, config, uniform, drawn: drawn.copy_(choose(logits, config, 0.9 * uniform))
+    )
+    monkeypatch.setattr(drawing, "best", lambda logits, config, uniform, drawn: drawn.copy_(logits.argmin(dim=-1)))
     for settings in (config, greedy):
         with pytest.warns(UserWarning, match="they draw other tokens than torch's"):
-            assert drawing.drawing(settings, like) is choose
-        assert drawing.drawing(settings, like) is choose
+            assert drawing.drawing(settings, like) is drawing.plain
+        assert drawing.drawing(settings, like) is drawing.plain
 
 
 class Unrecorded(Graphs):
@@ -296,12 +305,19 @@ COMPILE = """
             assert made(fused._norm, [f, y, *ln, b, 768, 1024])
         for kind in (f, b):
             assert made(fused._attend, [kind, kind, kind, "*i64", kind, "fp32", "i32", "i32", 64, 64, 128])
-    for top_k, top_p in (("fp32", "fp32"), ("fp32", None), (None, "fp32"), (None, None)):
-        assert compiled(drawing._draw, [f, "i32", f, f, "*i64", "i32", "fp32", top_k, top_p, "fp32", 4096])
+    i = "*i32"
+    for asked in ((None, None, None), (f, f, i)):
+        for floor in (None, f):
+            assert compiled(drawing._ask, [f, floor, *asked, "i32", "fp32", "i32", f, i, "i32", asked[0] is None, 64, 1024])
+            assert compiled(drawing._answer, [f, f, i, "i32", "fp32", floor, f, "i32", False, 64])
+    assert compiled(drawing._weigh, [b, "i32", f, f, "i32", "fp32", "i32", 64, 1024])
+    for least in (None, f):
+        assert compiled(drawing._keep, [f, least, "fp32", f, "i32", 1024])
+        assert compiled(drawing._draw, [f, least, "fp32", f, f, "*i64", "i32", "i32", 64, 1024])
     for grad in (True, False):
         assert compiled(fused_loss._into_gradient, [b, "*i64", "*i1", f, "i32", "i32", grad, 8192])
-    assert compiled(drawing._best, [b, "i32", "i32", f, "*i32", 4096])
-    assert compiled(drawing._best_of, [f, "*i32", "i32", "i32", "*i64", 16])
+    assert compiled(drawing._best, [b, "i32", "i32", f, i, "i32", 1024])
+    assert compiled(drawing._best_of, [f, i, "i32", "i32", "*i64", 64])
 """
 
 
