@@ -18,6 +18,7 @@ from gpt2cli.product import times
 
 BETAS = (0.9, 0.95)  # AdamW's, as GPT-3 (Brown et al. 2020, appendix B)
 MOMENTUM = 0.95  # Muon's
+NUMBERS = 1 << 24  # of the matrices that a GPU orthogonalizes at once
 COEFFICIENTS = (  # a, b, c of a Newton-Schulz step a X + b A X + c A^2 X, A = X X^T
     (3.9505, -6.3029, 2.6377),
     (3.7418, -5.5913, 2.3037),
@@ -107,9 +108,9 @@ class Muon(Optimizer):
     typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
     both.
 
-    Several ranks share the work: of each `world_size` matrices of a shape every rank orthogonalizes one, and they exchange
-    the results. Only a whole matrix can be orthogonalized; where the ranks hold slices (FSDP), those of these few are
-    gathered for it, so that never more than `world_size` matrices are whole in a rank's memory.
+    Several ranks share the work: of each `world_size` matrices of a shape every rank orthogonalizes one, or several (`at_once`)
+    of as many times more, and they exchange the results. Only a whole matrix can be orthogonalized; where the ranks hold slices
+    (FSDP), those of these few are gathered for it, so that no others are whole in a rank's memory.
     """
 
     state_names = ("momentum",)
@@ -125,32 +126,51 @@ class Muon(Optimizer):
         for group in self.param_groups:
             shapes = dict.fromkeys(p.shape for p in group["params"])
             for same in ([p for p in group["params"] if p.shape == shape] for shape in shapes):
-                for start in range(0, len(same), self.ranks.world_size):
-                    self._update(same[start : start + self.ranks.world_size], group)
+                size = self.ranks.world_size * at_once(same[0])
+                for start in range(0, len(same), size):
+                    self._update(same[start : start + size], group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Of up to `world_size` matrices of one shape, in the memory of their gradients."""
-        mine = params[0]
-        for rank, p in enumerate(params):
-            assert p.grad is not None
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p, requires_grad=False)
-            momentum, grad = local_part(state["momentum"]), local_part(p.grad)
-            if self.found_inf is not None:  # a gradient that is the momentum leaves that as it is
-                torch.where(self.found_inf > 0, momentum, grad, out=grad)
-            momentum.lerp_(grad, 1 - MOMENTUM)
-            grad.lerp_(momentum, MOMENTUM)  # Nesterov's
-            update = gathered(p.grad)  # (out, in)
-            if rank <= self.ranks.rank:  # where there are fewer than ranks, the last ones do the same
-                mine = update
+        """Of matrices of one shape, as many for each rank, in the memory of their gradients."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p, requires_grad=False)
+        momenta, grads = [local_part(self.state[p]["momentum"]) for p in params], [local_part(grad_of(p)) for p in params]
+        if self.found_inf is not None:  # a gradient that is the momentum leaves that as it is
+            refused = self.found_inf > 0
+            for momentum, grad in zip(momenta, grads, strict=True):
+                torch.where(refused, momentum, grad, out=grad)
+        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
+        torch._foreach_lerp_(grads, momenta, MOMENTUM)  # Nesterov's
+        each = -(-len(params) // self.ranks.world_size)
+        # Where there are fewer than places, the last one is done several times.
+        places = [min(self.ranks.rank * each + n, len(params) - 1) for n in range(each)]
+        whole = {}
+        for n, p in enumerate(params):
+            update = gathered(grad_of(p))  # (out, in)
+            if n in places:
+                whole[n] = update
+        mine = torch.stack([whole[n] for n in places]) if each > 1 else whole[places[0]][None]  # (each, out, in)
         dtype = self.dtype if has_bf16(mine.device) else torch.float32
-        mine = orthogonalize(mine.unflatten(0, (group["parts"], -1)), dtype).flatten(0, 1)
+        matrices = mine.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (each * parts, out / parts, in)
+        mine = orthogonalize(matrices, dtype).reshape(mine.shape)
         apply = 1 if self.found_inf is None else 1 - self.found_inf
-        for p, update in zip(params, self.ranks.gather(mine), strict=False):
-            scale = 0.2 * math.sqrt(max(p.shape[0] // group["parts"], p.shape[1]))
-            weight = local_part(p).mul_(1 - apply * group["lr"] * group["weight_decay"])
-            weight.sub_(part_of(update.to(p.dtype), p) * (apply * group["lr"] * scale))
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
+        updates = self.ranks.gather(mine).flatten(0, 1).to(params[0].dtype) * (apply * group["lr"] * scale)
+        weights = [local_part(p) for p in params]
+        torch._foreach_mul_(weights, 1 - apply * group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, [part_of(update, p) for p, update in zip(params, updates, strict=False)])
+
+
+def grad_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def at_once(matrix: Tensor) -> int:
+    """How many of its shape are orthogonalized at once: on a GPU several, since to start the work on one takes longer than to
+    do it."""
+    return max(1, NUMBERS // matrix.numel()) if matrix.device.type == "cuda" else 1
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -70,7 +70,7 @@ def losses(out):
     return {(line["step"], key): line[key] for line in lines for key in ("loss", "val_loss") if key in line}
 
 
-def assert_same_run(out, expected, tolerance=1e-5):
+def assert_same_run(out, expected, tolerance=1e-5, weights=1e-3):
     found, wanted = losses(out), losses(expected)
     assert found.keys() == wanted.keys()
     assert max(abs(found[at] - wanted[at]) for at in wanted) <= tolerance
@@ -80,7 +80,7 @@ def assert_same_run(out, expected, tolerance=1e-5):
         ours, theirs = load_file(folder / file), load_file(other / file)
         assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     ours, theirs = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-3
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < weights
     assert torch.isfinite(GPT.from_pretrained(folder)(torch.zeros(1, 4, dtype=torch.long))[0]).all()
 
 
@@ -351,7 +351,10 @@ def test_bench_distributed_needs_several_processes(gpt2):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_gpu_under_nccl_trains_as_without(text_file, parallel):
-    settings = ["train", "input.txt", *TINY, "--tokens-per-step", 256, "--steps", 8, "--device", "cuda", "--compile", "off"]
+    how = ["--device", "cuda", "--compile", "off", "--deterministic"]
+    settings = ["train", "input.txt", *TINY, "--tokens-per-step", 256, "--steps", 8, *how]
     run(*GPT2, *settings, "--out", "alone")
     run(*torchrun(1), "-m", "gpt2cli", *settings, "--parallel", parallel, "--out", "run")
-    assert_same_run("run", "alone", tolerance=5e-3)  # bf16
+    # FSDP rounds to bf16 in other places, and where there is next to no gradient, the direction of an update is its noise.
+    far = {"ddp": {}, "fsdp": {"tolerance": 5e-3, "weights": 0.1}}[parallel]
+    assert_same_run("run", "alone", **far)

@@ -1,8 +1,11 @@
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from gpt2cli.distributed import ALONE
 from gpt2cli.optim import COEFFICIENTS, Muon, lr_at, make_optimizers, orthogonalize
 
 from .conftest import make_model
@@ -135,3 +138,42 @@ def test_muon_treats_q_k_and_v_as_matrices_of_their_own():
     Muon([{"params": [joined], "parts": 3, **more}]).step()
     Muon([{"params": parts, "parts": 1, **more}]).step()
     assert torch.allclose(joined, torch.cat(parts), atol=1e-6)
+
+
+class Sharing:
+    """A rank that is a thread."""
+
+    def __init__(self, rank, world_size, meeting, given):
+        self.rank, self.world_size, self._meeting, self._given = rank, world_size, meeting, given
+
+    def gather(self, values):
+        self._given[self.rank] = values
+        self._meeting.wait()
+        found = torch.stack([self._given[rank] for rank in range(self.world_size)])
+        self._meeting.wait()
+        return found
+
+
+@pytest.mark.parametrize("at_once, world_size", [(2, 1), (5, 1), (100, 1), (1, 2), (2, 2), (2, 3), (100, 2), (3, 7)])
+def test_muon_does_the_same_with_several_at_once_and_by_several_ranks(at_once, world_size, monkeypatch):
+    """As on a GPU; of five matrices of a shape."""
+
+    def trained(ranks, model):
+        numbers = torch.Generator().manual_seed(0)
+        *_, muon = make_optimizers(model, "muon", 0.1, ranks=ranks)
+        for _ in range(3):
+            for group in muon.param_groups:
+                group["lr"] = 0.02
+                for p in group["params"]:
+                    p.grad = torch.randn(p.shape, generator=numbers)
+            muon.step()
+        return list(model.parameters())
+
+    expected = trained(ALONE, make_model(n_layer=5))
+    monkeypatch.setattr("gpt2cli.optim.at_once", lambda matrix: at_once)
+    meeting, given = threading.Barrier(world_size, timeout=60), {}
+    ranks = [Sharing(rank, world_size, meeting, given) for rank in range(world_size)]
+    with ThreadPoolExecutor(world_size) as threads:
+        for found in threads.map(trained, ranks, [make_model(n_layer=5) for _ in ranks]):
+            for p, q in zip(found, expected, strict=True):
+                torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)
