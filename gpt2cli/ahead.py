@@ -1,7 +1,7 @@
 """What lets a GPU work while the host is elsewhere: graphs instead of single kernels, and copies that nobody waits for.
 
-Decoding a token is some hundred small kernels. Started one by one from Python they take longer to start than to run; recorded
-once as a CUDA graph they are started together. On a CPU all of this is the plain thing.
+Decoding a token is some hundred small kernels, an update of a small model a thousand. Started one by one from Python they take
+longer to start than to run; recorded once as a CUDA graph they are started together. On a CPU all of this is the plain thing.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Graphs:
     failed = False  # once in a process is enough
     done: ClassVar[set[Hashable]] = set()  # what was done in this process, so that its kernels are loaded
 
-    def __init__(self, device: torch.device, kind: Hashable = None) -> None:
-        """`kind` is what the work depends on beside the keys."""
+    def __init__(self, device: torch.device, kind: Hashable = None, what: str = "decoding") -> None:
+        """`kind` is what the work depends on beside the keys, `what` it is called."""
         self.used = device.type == "cuda" and not Graphs.failed
-        self._device, self._kind = device, (device, kind)
+        self._device, self._kind, self._what = device, (device, kind), what
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # of memory; the graphs share it, since none runs beside another
         self._stream: torch.cuda.Stream | None = None  # to record on
@@ -71,7 +71,7 @@ class Graphs:
             self.used, Graphs.failed = False, True
             work()
             reason = error.__context__ or error  # that recording had to end is not why
-            warnings.warn(f"CUDA graphs do not work here, so decoding is slower: {reason}", stacklevel=2)
+            warnings.warn(f"CUDA graphs do not work here, so {self._what} is slower: {reason}", stacklevel=2)
             return
         self._graphs[key] = graph
         graph.replay()

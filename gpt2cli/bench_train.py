@@ -20,7 +20,8 @@ from gpt2cli.errors import UserError
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers
 from gpt2cli.peers import TimedStep
-from gpt2cli.step import compile_parts, train_step
+from gpt2cli.recorded import Recorded, is_short
+from gpt2cli.step import Batch, compile_parts, train_step
 
 WARM_UP = 2  # steps
 
@@ -52,15 +53,17 @@ def our_training(
     optimizers = make_optimizers(model, optimizer, weight_decay=0.1, dtype=dtype)
     ids = torch.randint(config.vocab_size, (B, T + 1), device=on, generator=torch.Generator(on).manual_seed(0))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    update = partial(
-        train_step, model, optimizers, [batch], lr=1e-4, grad_clip=1.0, precision=lambda: device.precision(on, dtype)
-    )
 
+    def update(batch: Batch, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+        precision = partial(device.precision, on, dtype)
+        return train_step(model, optimizers, [batch], lr=lr, grad_clip=1.0, precision=precision)
+
+    make = Recorded(update, model, batch) if is_short(config, on, B, T) else update
     count = peers.QUEUED.get(on.type, 1)
 
     def step() -> TimedStep:
         losses: list[Tensor] = []
-        seconds = seconds_of(lambda: losses.extend(update()[0] for _ in range(count)), on)
+        seconds = seconds_of(lambda: losses.extend(make(batch, 1e-4)[0] for _ in range(count)), on)
         held = device.memory_peak(on) - (before if on.type != "cuda" else 0)
         return TimedStep(seconds / count, float(losses[0]), held)
 

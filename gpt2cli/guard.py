@@ -30,10 +30,11 @@ class Guard:
         above = (now - mean) / torch.maximum(std, 0.01 * mean.abs() + 1e-6)
         spiked = (above > self.spike).any() & (self.good >= WINDOW) & (self.spike > 0)
         bad = ~now.isfinite().all() | spiked
-        self.history = torch.where(bad, self.history, torch.cat([self.history[:, 1:], now[:, None]], dim=1))
+        # All stays where it is, since an update may be recorded.
+        self.history.copy_(torch.where(bad, self.history, torch.cat([self.history[:, 1:], now[:, None]], dim=1)))
         self.good += (~bad).float()
         self.skipped += bad.float()
-        self.in_a_row = (self.in_a_row + 1) * bad.float()
+        self.in_a_row.add_(1).mul_(bad.float())
         return bad.float()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gpt2cli import atomic, checkpoint, device
+from gpt2cli import atomic, batch, checkpoint, device
 from gpt2cli.compiled import agree_or_eager
 from gpt2cli.data import DataLoaderLite, eval_batches, micro_steps
 from gpt2cli.distributed import ALONE, Ranks
@@ -28,6 +29,7 @@ from gpt2cli.metrics import LOGGED, StepMetrics
 from gpt2cli.model import GPT
 from gpt2cli.optim import make_optimizers, planned_lr
 from gpt2cli.plan import Plan
+from gpt2cli.recorded import Recorded, is_short
 from gpt2cli.sources import open_train, open_val
 from gpt2cli.step import Batch, build, train_step, validate
 
@@ -38,6 +40,16 @@ LAST_TRIES = 20  # to save the end of a run on a full disk
 
 def is_due(step: int, every: int | None) -> bool:
     return bool(every) and step % (every or 1) == 0
+
+
+def _can_be_recorded(plan: Plan) -> bool:
+    """Whether its updates are short, without anything that the host decides on the way, and there is memory to spare: a record
+    keeps what it uses. With `--deterministic` some kernels wait for the host."""
+    train = plan.train
+    if plan.rows != plan.batch_size or train.dtype == "fp16" or train.deterministic or train.activation_checkpointing:
+        return False
+    short = is_short(plan.model, plan.device, plan.rows, plan.seq_len)
+    return short and batch.need(plan.model, train, plan.rows) < device.memory_total(plan.device) / 2
 
 
 class Run:
@@ -75,6 +87,7 @@ class Run:
         self.keeper = Keeper(plan.out) if ranks.is_first else Nobody()
         self.keeper.begin_at(self.progress)
         self._believes_compiler = train.compile != "on"  # or has looked whether it may
+        self._records = not ranks.is_group and _can_be_recorded(plan)
 
     def _go_to(self, folder: Path | None) -> None:
         """The state of a checkpoint, or of the very beginning. What rank 0 says counts."""
@@ -85,6 +98,7 @@ class Run:
         self._measured: StepMetrics | None = None
         self._ahead: tuple[list[Batch], list[float]] | None = None  # micro-batches of the next update
         self._trained = False  # a step since it went here
+        self._recorded: Recorded | None = None
         device.set_up(plan.train.seed, plan.train.deterministic)
         if self.ranks.any(folder is not None):
             self.progress = checkpoint.restore(folder or Path(), self.model, self.optimizers, self.guard, self.ranks)
@@ -120,18 +134,7 @@ class Run:
             if not self._believes_compiler:
                 self._check_compiled(batches[0])
             device.seed_step(config.seed, progress.step, self.ranks.rank)
-            self._loss, self._grad_norm = train_step(
-                self.engine,
-                self.optimizers,
-                batches,
-                lr=self._lr,
-                grad_clip=config.grad_clip,
-                precision=self.precision,
-                scaler=self.scaler,
-                guard=self.guard,
-                shares=shares,
-                ranks=self.ranks,
-            )
+            self._loss, self._grad_norm = self._update(batches, shares)
         except (MemoryError, RuntimeError) as error:
             if device.is_out_of_memory(error):
                 raise UserError(self.plan.out_of_memory(progress.step + 1)) from None
@@ -143,6 +146,27 @@ class Run:
         if progress.step < self.plan.steps and self.plan.device.type != "cpu":
             self._ahead = self._load()  # while the device is at work, which nobody has waited for yet
         self._add_time(started)
+
+    def _update(self, batches: list[Batch], shares: list[float]) -> tuple[Tensor, Tensor]:
+        def update(batches: list[Batch], lr: float | Tensor) -> tuple[Tensor, Tensor]:
+            return train_step(
+                self.engine,
+                self.optimizers,
+                batches,
+                lr=lr,
+                grad_clip=self.plan.train.grad_clip,
+                precision=self.precision,
+                scaler=self.scaler,
+                guard=self.guard,
+                shares=shares,
+                ranks=self.ranks,
+            )
+
+        if not self._records:
+            return update(batches, self._lr)
+        if self._recorded is None:
+            self._recorded = Recorded(lambda batch, lr: update([batch], lr), self.model, batches[0])
+        return self._recorded(batches[0], self._lr)
 
     def _check_compiled(self, batch: Batch) -> None:
         """Once in a session: what it computes is held against eager."""

@@ -65,7 +65,7 @@ def train_step(
     optimizers: Sequence[Optimizer],
     batches: Sequence[Batch],
     *,
-    lr: float,
+    lr: float | Tensor,
     grad_clip: float,
     precision: Precision = contextlib.nullcontext,
     scaler: torch.amp.GradScaler | None = None,

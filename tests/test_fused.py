@@ -163,8 +163,8 @@ def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
 class Unrecorded(Graphs):
     """The way of a GPU without its records, which the interpreter's kernels cannot be in."""
 
-    def __init__(self, device, kind=None):
-        super().__init__(device, kind)
+    def __init__(self, *what, **more):
+        super().__init__(*what, **more)
         self.used = True
 
     def run(self, key, work):

@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2cli import GPT
 from gpt2cli.ahead import Graphs, Readback, put
@@ -13,6 +12,7 @@ from gpt2cli.linear import Int8Linear, PackedLinear, prepare
 from gpt2cli.sampling import choose, penalize
 
 from .conftest import make_model
+from .records import HereToo
 
 GREEDY = SamplingConfig(greedy=True, max_new_tokens=100)
 PROMPT = [5, 3, 8]
@@ -42,56 +42,6 @@ def continuations(model, prompts, config, **options):
             reasons += [chosen.finish_reason] if chosen.finish_reason else []
     assert all(len(reasons) == 1 for _, _, reasons in found)
     return [(ids, logprobs, reasons[0]) for ids, logprobs, reasons in found]
-
-
-aten = torch.ops.aten
-LOOKS = {aten.is_nonzero, aten.item, aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten._pin_memory, aten.equal}
-
-
-class Recorded(TorchDispatchMode):
-    """What a CUDA graph is, on any device: the operations of some work are kept with the tensors they read and wrote, and a
-    replay does them again in the same memory, without the program that gave them. Recording computes nothing, and a look at
-    a value, or a new one from the host, is an error."""
-
-    def __init__(self, work):
-        super().__init__()
-        self.operations, self.before = [], {}
-        with self:
-            work()
-        for storage, before in self.before.values():
-            storage.copy_(before)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket in LOOKS:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        if operation._schema.is_mutable:
-            storage = args[0].untyped_storage()
-            self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        result = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for operation, args, kwargs, result in self.operations:
-            again = operation(*args, **kwargs)
-            for there, new in zip(tensors_of(result), tensors_of(again), strict=True):
-                if there.data_ptr() != new.data_ptr():  # neither in place nor a view
-                    there.copy_(new)
-
-
-def tensors_of(result):
-    return [one for one in (result if isinstance(result, tuple | list) else [result]) if isinstance(one, torch.Tensor)]
-
-
-class HereToo(Graphs):
-    """Graphs on a CPU."""
-
-    def __init__(self, device, kind=None):
-        super().__init__(device, kind)
-        self.used = True
-
-    def _record(self, work):
-        return Recorded(work)
 
 
 @pytest.fixture(params=["numba's kernels", "torch alone", "ahead, from records"])

@@ -12,9 +12,9 @@ HOUSE = Path(gpt2cli.__file__).parent
 ROOMS = [
     "errors", "config", "memory", "atomic", "tokenizer", "shards", "documents", "pieces", "look", "survey", "encode",
     "vocabulary", "corpus", "product", "device", "distributed", "formats", "trial", "fused_loss", "loss", "model", "data",
-    "optim", "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "step", "compiled", "batch", "plan",
-    "resume", "together", "run", "train", "verify", "curve",
-    "ahead", "cache", "sampling", "drawing", "few", "linear", "fused", "rows", "generate", "identify", "prove", "convert",
+    "optim", "guard", "metrics", "checkpoint", "writer", "keeper", "sources", "provenance", "ahead", "step", "recorded",
+    "compiled", "batch", "plan", "resume", "together", "run", "train", "verify", "curve",
+    "cache", "sampling", "drawing", "few", "linear", "fused", "rows", "generate", "identify", "prove", "convert",
     "complete", "apart", "peers", "bench", "bench_train", "bench_generate", "bench_distributed", "commands",
 ]  # fmt: skip
 MAY_IMPORT = {
@@ -48,12 +48,14 @@ MAY_IMPORT = {
     "sources": "atomic config corpus data documents shards survey tokenizer",
     "provenance": "device",
     "step": "config distributed guard model optim",
+    "recorded": "ahead config step",
     "compiled": "distributed model",
     "batch": "config device loss memory model optim step",
     "plan": "atomic batch checkpoint config data device documents formats optim provenance sources survey tokenizer",
     "resume": "atomic checkpoint config device documents formats metrics optim plan provenance shards sources survey tokenizer",
     "together": "atomic device distributed plan resume shards sources survey tokenizer",
-    "run": "atomic checkpoint compiled data device distributed formats guard keeper metrics model optim plan sources step",
+    "run": "atomic batch checkpoint compiled data device distributed formats guard keeper metrics model optim plan recorded "
+    "sources step",
     "train": "atomic checkpoint distributed metrics model plan run",
     "curve": "",
     "verify": "atomic checkpoint plan resume train",
@@ -73,7 +75,7 @@ MAY_IMPORT = {
     "apart": "device encode",
     "peers": "apart config formats memory model tokenizer",
     "bench": "config corpus device documents shards survey tokenizer",
-    "bench_train": "apart bench config device memory model optim peers step",
+    "bench_train": "apart bench config device memory model optim peers recorded step",
     "bench_distributed": "bench config data device distributed model optim step",
     "bench_generate": "bench config device generate linear model peers prove tokenizer",
 }

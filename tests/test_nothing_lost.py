@@ -325,9 +325,9 @@ def poisoned(monkeypatch, when):
         return -1 - ids if when(k) else ids  # negative ids: told to `forward`
 
     def bad(self, x, y=None, **more):
-        poison = bool((x < 0).any())
+        good = (x >= 0).all()
         logits, loss = forward(self, x.where(x >= 0, -1 - x), None if y is None else y.where(y >= 0, -1 - y), **more)
-        return logits, loss * float("nan") if poison else loss
+        return logits, None if loss is None else loss * torch.where(good, 1.0, torch.nan)
 
     monkeypatch.setattr(DataLoaderLite, "row", marked)
     monkeypatch.setattr(GPT, "forward", bad)
