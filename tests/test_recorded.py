@@ -59,7 +59,7 @@ def trained(how, optimizer, look=False, **shape):
 
 
 def near(found, expected):
-    """On a GPU sums of a sparse gradient come in any order, and the gradient of a bias of keys is but noise. Told first are loss
+    """On a GPU sums of a sparse gradient come in any order, and the gradient of a bias of keys is but noise. First are loss
     and norm of each."""
     both = [(a, b) for n, (a, b) in enumerate(zip(found, expected, strict=True)) if n < 14 or a.dim() == 2]
     return all(torch.allclose(a, b, rtol=1e-2, atol=1e-2, equal_nan=True) for a, b in both)
