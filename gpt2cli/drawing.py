@@ -18,8 +18,7 @@ from gpt2cli import trial
 from gpt2cli.config import SamplingConfig
 from gpt2cli.sampling import choose
 
-PART, WARPS = 1024, 8  # logits of a program, and its threads
-ASKED = tl.constexpr(32)  # numbers at once
+WARPS = 8  # of a program
 BITS = 0x3F800001  # weights are from 0 to 1, and as integers their bits are below that, in the same order
 Draw = Callable[[Tensor, SamplingConfig, Tensor, Tensor], None]
 
@@ -48,56 +47,62 @@ def plain(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor
     drawn.copy_(choose(logits, config, uniform))
 
 
+def sizes(rows: int) -> tuple[int, int]:
+    """Logits of a part, and numbers asked about at once. Of few rows many programs are made, which ask much and so not often;
+    of more rows there are programs enough, and asking about fewer numbers is less work."""
+    return (1024, 32) if rows <= 16 else (4096, 8)
+
+
 def best(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
     """Write into `drawn` (B) the likeliest of logits (B, V), the first of them where several are."""
-    (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], PART)
+    (B, V), (part, _) = logits.shape, sizes(len(logits))
+    parts = triton.cdiv(V, part)
     with torch.cuda.device_of(logits):
-        _best_of[(B,)](*_tops(logits), V, parts, drawn, triton.next_power_of_2(parts))
+        _best_of[(B,)](*_tops(logits, part), V, parts, drawn, triton.next_power_of_2(parts))
 
 
 def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
     """Write into `drawn` (B) ids as `choose` draws them from logits (B, V); of ids that are exactly as likely all are kept, or
     none."""
-    (B, V), like = logits.shape, uniform
-    parts = triton.cdiv(V, PART)
+    (B, V), like, (part, asked) = logits.shape, uniform, sizes(len(logits))
+    parts = triton.cdiv(V, part)
     padded = triton.next_power_of_2(parts)
-    weights = like.new_empty(B, parts * PART)  # in whole parts, read without masks
+    weights = like.new_empty(B, parts, part)  # in whole parts, read without masks
     kept, least = like.new_empty(B, parts), None
     with torch.cuda.device_of(logits):
-        tops, _ = _tops(logits)
-        _weigh[(parts, B)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, PART, num_warps=WARPS)
+        tops, _ = _tops(logits, part)
+        _weigh[(parts, B)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, part, num_warps=WARPS)
         if config.top_k is not None:
-            least = _least(weights, None, float(min(config.top_k, V)), count=True)
+            least = _least(weights, None, float(min(config.top_k, V)), asked, count=True)
         if config.top_p is not None and config.top_p < 1:
-            least = _least(weights, least, config.top_p, count=False)
-        _keep[(parts, B)](weights, least, config.min_p or 0.0, kept, parts, PART, num_warps=WARPS)
-        _draw[(B,)](weights, least, config.min_p or 0.0, kept, uniform, drawn, V, parts, padded, PART, num_warps=WARPS)
+            least = _least(weights, least, config.top_p, asked, count=False)
+        _keep[(parts, B)](weights, least, config.min_p or 0.0, kept, parts, part, num_warps=WARPS)
+        _draw[(B,)](weights, least, config.min_p or 0.0, kept, uniform, drawn, parts, padded, part, num_warps=WARPS)
 
 
-def _tops(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _tops(logits: Tensor, part: int) -> tuple[Tensor, Tensor]:
     """The likeliest of each part of the rows, (B, parts): the logits, and the ids."""
-    (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], PART)
+    (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], part)
     tops = torch.empty(B, parts, device=logits.device)
     places = torch.empty(B, parts, dtype=torch.int32, device=logits.device)
-    _best[(parts, B)](logits, logits.stride(0), V, tops, places, parts, PART, num_warps=WARPS)
+    _best[(parts, B)](logits, logits.stride(0), V, tops, places, parts, part, num_warps=WARPS)
     return tops, places
 
 
-def _least(weights: Tensor, floor: Tensor | None, want: float, count: bool) -> Tensor:
-    """The largest number (B) of which there is `want` in the weights from it on, which are from `floor` (B) on, too: so many of
-    them, or else this part of their sum."""
-    B, parts = len(weights), weights.shape[1] // PART
-    padded = triton.next_power_of_2(parts)
+def _least(weights: Tensor, floor: Tensor | None, want: float, asked: int, count: bool) -> Tensor:
+    """The largest number (B) of which there is `want` in the weights (B, parts, part) from it on, which are from `floor` (B)
+    on, too: so many of them, or else this part of their sum."""
+    B, parts, part = weights.shape
+    how = {"COUNT": count, "ASKED": asked, "PARTS": triton.next_power_of_2(parts)}
     first, before, low, width = None, None, None, BITS
     while width > 1:
-        asked_before, width = width, triton.cdiv(width, ASKED.value)
-        there = weights.new_empty(B, parts, ASKED.value)
-        lower = weights.new_empty(B, dtype=torch.int32)
-        how = {"COUNT": count, "PARTS": padded, "PART": PART, "num_warps": WARPS}
-        _ask[(parts, B)](weights, floor, first, before, low, asked_before, want, width, there, lower, parts, **how)
+        apart, width = width, triton.cdiv(width, asked)
+        there, lower = weights.new_empty(B, parts, asked), weights.new_empty(B, dtype=torch.int32)
+        asking = weights, floor, first, before, low, apart, want, width, there, lower, parts
+        _ask[(parts, B)](*asking, **how, PART=part, num_warps=WARPS)
         first, before, low = there if first is None else first, there, lower
     least = weights.new_empty(B)
-    _answer[(B,)](first, before, low, width, want, floor, least, parts, COUNT=count, PARTS=padded)
+    _answer[(B,)](first, before, low, width, want, floor, least, parts, **how)
     return least
 
 
@@ -130,20 +135,21 @@ def _weigh(logits, stride, tops, weights, V, temperature, parts, PARTS: tl.const
     tl.store(weights + row * parts * PART + n, tl.exp(x / temperature - top / temperature))  # 0 behind the last
 
 
-@triton.jit(do_not_specialize=["asked", "width"])
+@triton.jit(do_not_specialize=["apart", "width"])
 def _ask(  # type: ignore[no-untyped-def]
     weights,
     floor,
     first,
     before,
     low,
-    asked,
+    apart,
     want,
     width,
     there,
     lower,
     parts,
     COUNT: tl.constexpr,
+    ASKED: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -152,34 +158,37 @@ def _ask(  # type: ignore[no-untyped-def]
     weight = tl.load(weights + (row.to(tl.int64) * parts + part) * PART + tl.arange(0, PART))[None, :]
     start = tl.full((), 0, tl.int32)
     if before is not None:
-        start = _found(first, before, low, asked, want, row, parts, COUNT, PARTS)
+        start = _found(first, before, low, apart, want, row, parts, COUNT, ASKED, PARTS)
     least = (start + q * width).to(tl.float32, bitcast=True)
     if floor is not None:
         least = tl.maximum(least, tl.load(floor + row))
-    tl.store(
-        there + (row * parts + part) * ASKED + q, tl.sum(tl.where(weight >= least[:, None], 1.0 if COUNT else weight, 0.0), 1)
-    )
+    found = tl.sum(tl.where(weight >= least[:, None], 1.0 if COUNT else weight, 0.0), 1)  # (ASKED)
+    tl.store(there + (row * parts + part) * ASKED + q, found)
     tl.store(lower + row, start)
 
 
-@triton.jit(do_not_specialize=["asked"])
-def _answer(first, before, low, asked, want, floor, least, parts, COUNT: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["apart"])
+def _answer(  # type: ignore[no-untyped-def]
+    first, before, low, apart, want, floor, least, parts, COUNT: tl.constexpr, ASKED: tl.constexpr, PARTS: tl.constexpr
+):
     row = tl.program_id(0)
-    found = _found(first, before, low, asked, want, row, parts, COUNT, PARTS).to(tl.float32, bitcast=True)
+    found = _found(first, before, low, apart, want, row, parts, COUNT, ASKED, PARTS).to(tl.float32, bitcast=True)
     if floor is not None:
         found = tl.maximum(found, tl.load(floor + row))
     tl.store(least + row, found)
 
 
 @triton.jit
-def _found(first, before, low, asked, want, row, parts, COUNT: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The highest number asked about `before` from which on there is as much as wanted."""
+def _found(  # type: ignore[no-untyped-def]
+    first, before, low, apart, want, row, parts, COUNT: tl.constexpr, ASKED: tl.constexpr, PARTS: tl.constexpr
+):
+    """The highest number asked about `before`, `apart` from each other, from which on there is as much as wanted."""
     p, q = tl.arange(0, PARTS), tl.arange(0, ASKED)
     place = row * parts * ASKED + p * ASKED
     there = tl.sum(tl.load(before + place[:, None] + q[None, :], mask=(p < parts)[:, None], other=0.0), 0)  # (ASKED)
     if not COUNT:  # of all, which is what was asked first
         want *= tl.sum(tl.load(first + place, mask=p < parts, other=0.0))
-    return tl.load(low + row) + tl.maximum(tl.sum((there >= want).to(tl.int32)) - 1, 0) * asked
+    return tl.load(low + row) + tl.maximum(tl.sum((there >= want).to(tl.int32)) - 1, 0) * apart
 
 
 @triton.jit
@@ -191,7 +200,7 @@ def _keep(weights, least, min_p, kept, parts, PART: tl.constexpr):  # type: igno
 
 @triton.jit
 def _draw(  # type: ignore[no-untyped-def]
-    weights, least, min_p, kept, uniform, drawn, V, parts, PARTS: tl.constexpr, PART: tl.constexpr
+    weights, least, min_p, kept, uniform, drawn, parts, PARTS: tl.constexpr, PART: tl.constexpr
 ):
     """The first id at which the sum of what is kept passes the row's part of it all."""
     row, p, n = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PART)

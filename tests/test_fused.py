@@ -114,9 +114,9 @@ def drawn(draw, logits, config, uniform):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("part", [16, 1024])
-def test_what_is_drawn_is_what_is_chosen(options, part, monkeypatch):
-    monkeypatch.setattr(drawing, "PART", part)
+@pytest.mark.parametrize("sizes", [(16, 8), (16, 32), (1024, 32), (4096, 8)])
+def test_what_is_drawn_is_what_is_chosen(options, sizes, monkeypatch):
+    monkeypatch.setattr(drawing, "sizes", lambda rows: sizes)
     torch.manual_seed(0)
     logits, uniform = 2 * torch.randn(5, 41, device=DEVICE), torch.rand(5, device=DEVICE)
     config = SamplingConfig(**options)
@@ -134,9 +134,9 @@ def test_all_that_are_as_likely_are_kept_and_ends_are_drawn():
     assert drawn(drawing.draw, logits, SamplingConfig(top_p=None), almost).tolist() == [4]
 
 
-@pytest.mark.parametrize("part", [16, 1024])
-def test_the_likeliest_is_the_first_of_them(part, monkeypatch):
-    monkeypatch.setattr(drawing, "PART", part)
+@pytest.mark.parametrize("sizes", [(16, 8), (1024, 32)])
+def test_the_likeliest_is_the_first_of_them(sizes, monkeypatch):
+    monkeypatch.setattr(drawing, "sizes", lambda rows: sizes)
     torch.manual_seed(0)
     logits = torch.randn(5, 41, device=DEVICE).bfloat16()
     logits[0, [5, 20, 33]] = logits[1, 36] = logits[2, 40] = 9.0
@@ -260,6 +260,21 @@ def test_the_kernel_of_the_loss_makes_probabilities_and_gradients(fused_loss, dt
     assert torch.allclose(logits.double(), exact.grad, atol=close) and not logits[4].any() and not logits[:, 90:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_of_the_loss_passes_its_trial_and_another_does_not(dtype):
+    from gpt2cli import fused_loss
+    from gpt2cli.loss import fault
+
+    def wrong(logits, ids, counted, need_grad):
+        losses = fused_loss.into_gradient(logits, ids, counted, need_grad)
+        logits[1, 1] += 0.1
+        return losses
+
+    assert fault(fused_loss.into_gradient, torch.device(DEVICE), dtype) is None
+    assert "is another than torch's" in fault(wrong, torch.device(DEVICE), dtype)
+    assert "is another than torch's" in fault(lambda logits, *more: torch.zeros(5, device=DEVICE), torch.device(DEVICE), dtype)
+
+
 def test_the_fused_loss_by_its_kernel_is_the_plain_one(fused_loss):
     torch.manual_seed(0)
     x = torch.randn(25, 16, device=DEVICE, requires_grad=True)
@@ -306,14 +321,16 @@ COMPILE = """
         for kind in (f, b):
             assert made(fused._attend, [kind, kind, kind, "*i64", kind, "fp32", "i32", "i32", 64, 64, 128])
     i = "*i32"
-    for asked in ((None, None, None), (f, f, i)):
-        for floor in (None, f):
-            assert compiled(drawing._ask, [f, floor, *asked, "i32", "fp32", "i32", f, i, "i32", asked[0] is None, 64, 1024])
-            assert compiled(drawing._answer, [f, f, i, "i32", "fp32", floor, f, "i32", False, 64])
-    assert compiled(drawing._weigh, [b, "i32", f, f, "i32", "fp32", "i32", 64, 1024])
-    for least in (None, f):
-        assert compiled(drawing._keep, [f, least, "fp32", f, "i32", 1024])
-        assert compiled(drawing._draw, [f, least, "fp32", f, f, "*i64", "i32", "i32", 64, 1024])
+    for part, asked, parts in ((1024, 32, 64), (4096, 8, 16)):
+        for first in ((None, None, None), (f, f, i)):
+            for floor in (None, f):
+                asking = [f, floor, *first, "i32", "fp32", "i32", f, i, "i32", first[0] is None, asked, parts, part]
+                assert compiled(drawing._ask, asking)
+        assert compiled(drawing._answer, [f, f, i, "i32", "fp32", None, f, "i32", False, asked, parts])
+        assert compiled(drawing._weigh, [b, "i32", f, f, "i32", "fp32", "i32", parts, part])
+        for least in (None, f):
+            assert compiled(drawing._keep, [f, least, "fp32", f, "i32", part])
+            assert compiled(drawing._draw, [f, least, "fp32", f, f, "*i64", "i32", parts, part])
     for grad in (True, False):
         assert compiled(fused_loss._into_gradient, [b, "*i64", "*i1", f, "i32", "i32", grad, 8192])
     assert compiled(drawing._best, [b, "i32", "i32", f, i, "i32", 1024])

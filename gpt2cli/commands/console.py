@@ -201,6 +201,7 @@ class TrainDisplay:
         self.live = Live(console=stderr, auto_refresh=False, transient=True) if stderr.is_terminal else None
         self._began = time.perf_counter()
         self._first = plan.first_step
+        self._warm = False
         self._estimated = False
         self._shown = float("-inf")
 
@@ -217,6 +218,8 @@ class TrainDisplay:
         now = time.perf_counter()
         done = max(1, metrics.step - self._first)
         left = (now - self._began) / done * (self.plan.steps - metrics.step)
+        if not self._warm:  # the first steps compile, and more, so that the others say more of what is to come
+            self._warm, self._began, self._first = True, now, metrics.step
         if metrics.val_loss is not None:
             self.val = metrics
         if self.live:
