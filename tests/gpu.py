@@ -24,7 +24,7 @@ from gpt2cli.commands import app
 ROOT = Path(__file__).parents[1]
 TESTS = {
     "decoding": ["tests/test_fused.py", "tests/test_generate.py"],
-    "training": ["tests/test_model.py", "tests/test_distributed.py"],
+    "training": ["tests/test_recorded.py", "tests/test_model.py", "tests/test_distributed.py"],
 }
 RUN = ["train", "--device", "cuda", "--preset", "gpt2", "--eval-every", "20", "--save-every", "20", "--max-minutes", "1"]
 TRAIN = ["bench", "train", "--dtype", "bf16", "--seq-len", "1024", "--compile", "--device", "cuda", "--json"]
@@ -44,13 +44,14 @@ ATTENTION = [
     "cuda",
 ]
 COMMANDS = [
+    [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "64"],
+    [*SAMPLE, "--preset", "gpt2", "--batch-size", "256", "--repeats", "5"],
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "2", "--optimizer", "muon"],
+    [*TRAIN, "--preset", "gpt2", "--batch-size", "256"],
     [*TRAIN, "--preset", "gpt2", "--batch-size", "64", "--compare", "hf"],
     [*SAMPLE, "--preset", "gpt2-xl", "--repeats", "5"],
     [*SAMPLE, "--preset", "gpt2", "--repeats", "5"],
     [*TRAIN, "--preset", "gpt2-large", "--batch-size", "32"],
-    [*TRAIN, "--preset", "gpt2-medium", "--batch-size", "64"],
-    [*SAMPLE, "--preset", "gpt2", "--batch-size", "256", "--repeats", "5"],
-    [*TRAIN, "--preset", "gpt2", "--batch-size", "256"],
     [*TRAIN, "--preset", "gpt2", "--batch-size", "64", "--optimizer", "muon"],
     [*SAMPLE, "--preset", "gpt2", "--batch-size", "16"],
     [*SAMPLE, "--preset", "gpt2", "--quantize", "int8"],
@@ -89,12 +90,13 @@ def main() -> None:
     warm_up(options.out, seconds=min(90, 20 * options.minutes))
     with tempfile.TemporaryDirectory() as run:
         go_on = ["train", "--resume", "--steps", "60", "--max-minutes", "1", "--out", run + "/run"]
-        drawn = ["sample", run + "/run", "--prompt", "KING.", "--max-new-tokens", "1000", "--ignore-eos", "--device", "cuda"]
-        for command in [[*RUN, "--steps", "40", "--out", run + "/run"], go_on, drawn, *COMMANDS]:
+        drawn = ["sample", run + "/run", "--prompt", "KING.", "--ignore-eos", "--device", "cuda"]
+        ways = [[*drawn, "--max-new-tokens", "1000"], [*drawn, "--num-samples", "256"]]
+        for command in [[*RUN, "--steps", "40", "--out", run + "/run"], go_on, *ways, *COMMANDS]:
             at = time.monotonic() - started
             if at < 60 * options.minutes - 15:
                 said = do(command)
-                print(f"after {at:.0f} s:", *command, said[-3000:], flush=True)
+                print(f"after {at:.0f} s:", *command, said[-2000:], flush=True)
                 if said.startswith("{"):
                     with (options.out / "bench.jsonl").open("a") as file:
                         file.write(said)
@@ -123,7 +125,7 @@ def warm_up(out: Path, seconds: float) -> None:
     with contextlib.ExitStack() as stack:
         processes = []
         for name, command in commands.items():
-            log = stack.enter_context((out / f"{name}.log").open("w"))
+            log = stack.enter_context((out / f"{name.split('-')[0]}.log").open("a"))
             processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
         end = time.monotonic() + seconds
         for process in processes:
