@@ -71,12 +71,12 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor)
     kept, least = like.new_empty(B, parts), None
     with torch.cuda.device_of(logits):
         tops, _ = _tops(logits, part)
-        _weigh[(parts, B)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, part, num_warps=WARPS)
+        _weigh[(B, parts)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, part, num_warps=WARPS)
         if config.top_k is not None:
             least = _least(weights, None, float(min(config.top_k, V)), asked, count=True)
         if config.top_p is not None and config.top_p < 1:
             least = _least(weights, least, config.top_p, asked, count=False)
-        _keep[(parts, B)](weights, least, config.min_p or 0.0, kept, parts, part, num_warps=WARPS)
+        _keep[(B, parts)](weights, least, config.min_p or 0.0, kept, parts, part, num_warps=WARPS)
         _draw[(B,)](weights, least, config.min_p or 0.0, kept, uniform, drawn, parts, padded, part, num_warps=WARPS)
 
 
@@ -85,7 +85,7 @@ def _tops(logits: Tensor, part: int) -> tuple[Tensor, Tensor]:
     (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], part)
     tops = torch.empty(B, parts, device=logits.device)
     places = torch.empty(B, parts, dtype=torch.int32, device=logits.device)
-    _best[(parts, B)](logits, logits.stride(0), V, tops, places, parts, part, num_warps=WARPS)
+    _best[(B, parts)](logits, logits.stride(0), V, tops, places, parts, part, num_warps=WARPS)
     return tops, places
 
 
@@ -99,7 +99,7 @@ def _least(weights: Tensor, floor: Tensor | None, want: float, asked: int, count
         apart, width = width, triton.cdiv(width, asked)
         there, lower = weights.new_empty(B, parts, asked), weights.new_empty(B, dtype=torch.int32)
         asking = weights, floor, first, before, low, apart, want, width, there, lower, parts
-        _ask[(parts, B)](*asking, **how, PART=part, num_warps=WARPS)
+        _ask[(B, parts)](*asking, **how, PART=part, num_warps=WARPS)
         first, before, low = there if first is None else first, there, lower
     least = weights.new_empty(B)
     _answer[(B,)](first, before, low, width, want, floor, least, parts, **how)
@@ -109,7 +109,7 @@ def _least(weights: Tensor, floor: Tensor | None, want: float, asked: int, count
 @triton.jit
 def _best(logits, stride, V, tops, places, parts, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """The likeliest of a part of a row."""
-    part, row = tl.program_id(0), tl.program_id(1)
+    row, part = tl.program_id(0), tl.program_id(1)
     n = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row.to(tl.int64) * stride + n, mask=n < V, other=float("-inf")).to(tl.float32)
     top, place = tl.max(x, 0, return_indices=True)
@@ -128,7 +128,7 @@ def _best_of(tops, places, V, parts, drawn, PARTS: tl.constexpr):  # type: ignor
 @triton.jit
 def _weigh(logits, stride, tops, weights, V, temperature, parts, PARTS: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """Weights are probabilities over the likeliest one's."""
-    part, row, p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, PARTS)
+    row, part, p = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, PARTS)
     top = tl.max(tl.load(tops + row * parts + p, mask=p < parts, other=float("-inf")))
     n = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row * stride + n, mask=n < V, other=float("-inf")).to(tl.float32)
@@ -154,7 +154,7 @@ def _ask(  # type: ignore[no-untyped-def]
     PART: tl.constexpr,
 ):
     """What there is in a part of a row from each of the numbers on that are `width` apart."""
-    part, row, q = tl.program_id(0), tl.program_id(1), tl.arange(0, ASKED)
+    row, part, q = tl.program_id(0), tl.program_id(1), tl.arange(0, ASKED)
     weight = tl.load(weights + (row.to(tl.int64) * parts + part) * PART + tl.arange(0, PART))[None, :]
     start = tl.full((), 0, tl.int32)
     if before is not None:
@@ -193,7 +193,7 @@ def _found(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _keep(weights, least, min_p, kept, parts, PART: tl.constexpr):  # type: ignore[no-untyped-def]
-    part, row = tl.program_id(0), tl.program_id(1)
+    row, part = tl.program_id(0), tl.program_id(1)
     weight = _kept(weights, least, min_p, row, part, parts, PART)
     tl.store(kept + row * parts + part, tl.sum(weight))
 
