@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ class Readback:
     def start(self) -> None:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             for here, there in zip(self._here, self._there, strict=True):
                 here.copy_(there, non_blocking=there.is_cuda)
 
@@ -68,9 +69,10 @@ class Graphs:
         try:
             graph = self._graphs.get(key) or self._record(work)
         except RuntimeError as error:  # of CUDA: recording has done nothing, so the work is still to do
+            reason = str(error.__context__ or error)  # that recording had to end is not why
             self.used, Graphs.failed = False, True
+        if not self.used:  # and only now, when the error holds nothing any more that the work made
             work()
-            reason = error.__context__ or error  # that recording had to end is not why
             warnings.warn(f"CUDA graphs do not work here, so {self._what} is slower: {reason}", stacklevel=2)
             return
         self._graphs[key] = graph

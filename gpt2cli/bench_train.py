@@ -58,7 +58,7 @@ def our_training(
         precision = partial(device.precision, on, dtype)
         return train_step(model, optimizers, [batch], lr=lr, grad_clip=1.0, precision=precision)
 
-    make = Recorded(update, model, batch) if is_short(config, on, B, T) else update
+    make = Recorded(update, model, batch) if dtype != "fp16" and is_short(config, on, B, T) else update
     count = peers.QUEUED.get(on.type, 1)
 
     def step() -> TimedStep:

@@ -19,6 +19,7 @@ from gpt2cli.config import SamplingConfig
 from gpt2cli.sampling import choose
 
 WARPS = 8  # of a program
+FEW = 16  # rows
 BITS = 0x3F800001  # weights are from 0 to 1, and as integers their bits are below that, in the same order
 Draw = Callable[[Tensor, SamplingConfig, Tensor, Tensor], None]
 
@@ -27,18 +28,20 @@ def drawing(config: SamplingConfig, like: Tensor) -> Draw:
     """`draw`, or `best`, or `plain` where they do not choose the same, or fail with logits `like` (B, V)."""
     ours: Draw = best if config.greedy else draw
     V, device = like.shape[1], like.device
+    rows = FEW if len(like) <= FEW else FEW + 1  # for the sizes that will be used
 
     def fault() -> str | None:
         places = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(device)
-        logits = -0.1 * config.temperature * places.float().expand(16, V)  # each a tenth less likely than the one before
-        uniform = (torch.arange(16, device=device) + 0.5) / 16
-        found, expected = (torch.zeros(16, dtype=torch.int64, device=device) for _ in range(2))
-        ours(like[:1], config, uniform[:1], found[:1])  # in 16 bits many are equally likely, so that these are not compared
+        logits = -0.1 * config.temperature * places.float().expand(rows, V)  # each a tenth less likely than the one before
+        uniform = (torch.arange(rows, device=device) + 0.5) / rows
+        found, expected = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+        some = like[:rows]
+        ours(some, config, uniform[: len(some)], found[: len(some)])  # in 16 bits many are as likely: not compared
         ours(logits, config, uniform, found)
         plain(logits, config, uniform, expected)
         return None if torch.equal(found, expected) else "they draw other tokens than torch's"
 
-    kind = ("draw", config.greedy, V, config.top_k, config.top_p, like.dtype, device)
+    kind = ("draw", config.greedy, V, config.top_k, config.top_p, like.dtype, device, rows)
     return ours if trial.passed(kind, fault, "decoding") else plain
 
 
@@ -50,7 +53,7 @@ def plain(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor
 def sizes(rows: int) -> tuple[int, int]:
     """Logits of a part, and numbers asked about at once. Of few rows many programs are made, which ask much and so not often;
     of more rows there are programs enough, and asking about fewer numbers is less work."""
-    return (1024, 32) if rows <= 16 else (4096, 8)
+    return (1024, 32) if rows <= FEW else (4096, 8)
 
 
 def best(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:

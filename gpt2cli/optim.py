@@ -108,9 +108,9 @@ class Muon(Optimizer):
     typically has, 0.2 a weight (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves
     both.
 
-    Several ranks share the work: of each `world_size` matrices of a shape every rank orthogonalizes one, or several (`at_once`)
-    of as many times more, and they exchange the results. Only a whole matrix can be orthogonalized; where the ranks hold slices
-    (FSDP), those of these few are gathered for it, so that no others are whole in a rank's memory.
+    Several ranks share the work: of as many matrices of a shape as there are ranks, or on a GPU of as many as `at_once` allows,
+    every rank orthogonalizes its share, and they exchange the results. Only a whole matrix can be orthogonalized; where the
+    ranks hold slices (FSDP), those of these few are gathered for it, so that no others are whole in a rank's memory.
     """
 
     state_names = ("momentum",)
@@ -126,7 +126,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             shapes = dict.fromkeys(p.shape for p in group["params"])
             for same in ([p for p in group["params"] if p.shape == shape] for shape in shapes):
-                size = self.ranks.world_size * at_once(same[0])
+                size = self.ranks.world_size * max(1, at_once(same[0]) // self.ranks.world_size)
                 for start in range(0, len(same), size):
                     self._update(same[start : start + size], group)
 
@@ -156,10 +156,9 @@ class Muon(Optimizer):
         mine = orthogonalize(matrices, dtype).reshape(mine.shape)
         apply = 1 if self.found_inf is None else 1 - self.found_inf
         scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
-        updates = self.ranks.gather(mine).flatten(0, 1).to(params[0].dtype) * (apply * group["lr"] * scale)
-        weights = [local_part(p) for p in params]
-        torch._foreach_mul_(weights, 1 - apply * group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(weights, [part_of(update, p) for p, update in zip(params, updates, strict=False)])
+        torch._foreach_mul_([local_part(p) for p in params], 1 - apply * group["lr"] * group["weight_decay"])
+        for p, update in zip(params, self.ranks.gather(mine).flatten(0, 1), strict=False):
+            local_part(p).sub_(part_of(update.to(p.dtype), p) * (apply * group["lr"] * scale))
 
 
 def grad_of(p: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def is_short(config: GPTConfig, where: torch.device, B: int, T: int) -> bool:
 
 class Recorded:
     """Updates of a model from batches of one shape: the first as it is, which makes the optimizers' state and loads the
-    kernels; the second is recorded, and from then on the record runs. What such an update holds of memory it keeps."""
+    kernels; the second is recorded, and from then on the record runs. What such an update holds of memory the
+    record keeps, beside what the first one left to torch."""
 
     def __init__(self, update: Update, model: nn.Module, batch: Batch) -> None:
         """`update` neither looks at a tensor nor makes one that is there for the next; its state stays where it is."""

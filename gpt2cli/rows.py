@@ -219,6 +219,7 @@ class Rows:
             self.graphs.run(("step", B, S), by_model)
         elif self.fused.verdict(B):
             self.graphs.run(("fused step", B), partial(self.fused.step, self.new[:B], self.wide[:B]))
+            # It has counted in rows without a prompt, too: where there are some, it is told at the next step.
             self.cache.known = [length + (n < B) for n, length in enumerate(self.cache.lengths)]
         else:  # not known yet
             by_model()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2cli import atomic, batch, checkpoint, device
+from gpt2cli import atomic, checkpoint, device
 from gpt2cli.compiled import agree_or_eager
 from gpt2cli.data import DataLoaderLite, eval_batches, micro_steps
 from gpt2cli.distributed import ALONE, Ranks
@@ -49,7 +49,7 @@ def _can_be_recorded(plan: Plan) -> bool:
     if plan.rows != plan.batch_size or train.dtype == "fp16" or train.deterministic or train.activation_checkpointing:
         return False
     short = is_short(plan.model, plan.device, plan.rows, plan.seq_len)
-    return short and batch.need(plan.model, train, plan.rows) < device.memory_total(plan.device) / 2
+    return short and plan.memory < device.memory_total(plan.device) / 2
 
 
 class Run:
@@ -334,6 +334,7 @@ class Run:
             self.keeper.wait_for_retry(tries_left)
 
     def close(self) -> None:
+        self._recorded = None  # it refers to what refers to it, and holds memory
         self.keeper.close()
 
     def _add_time(self, started: float) -> None:

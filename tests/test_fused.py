@@ -146,6 +146,15 @@ def test_the_likeliest_is_the_first_of_them(sizes, monkeypatch):
     assert found == [5, 36, int(logits[2, :37].argmax())] and of_infinities == 0 and 0 <= of_nan < 37
 
 
+def test_what_is_tried_has_the_sizes_of_what_is_drawn(taken, monkeypatch):
+    sizes, tried = drawing.sizes, []
+    monkeypatch.setattr(drawing, "sizes", lambda rows: tried.append(sizes(rows)) or tried[-1])
+    for rows in (3, 40):
+        tried.clear()
+        drawing.drawing(SamplingConfig(), torch.zeros(rows, 97, device=DEVICE))
+        assert set(tried) == {sizes(rows)}
+
+
 def test_drawing_that_goes_wrong_is_told_and_not_taken(taken, monkeypatch):
     config, greedy, like = SamplingConfig(), SamplingConfig(greedy=True), torch.zeros(3, 128, device=DEVICE).bfloat16()[:, :97]
     assert drawing.drawing(config, like) is drawing.draw and drawing.drawing(greedy, like) is drawing.best

@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "plan": "atomic batch checkpoint config data device documents formats optim provenance sources survey tokenizer",
     "resume": "atomic checkpoint config device documents formats metrics optim plan provenance shards sources survey tokenizer",
     "together": "atomic device distributed plan resume shards sources survey tokenizer",
-    "run": "atomic batch checkpoint compiled data device distributed formats guard keeper metrics model optim plan recorded "
-    "sources step",
+    "run": "atomic checkpoint compiled data device distributed formats guard keeper metrics model optim plan recorded sources "
+    "step",
     "train": "atomic checkpoint distributed metrics model plan run",
     "curve": "",
     "verify": "atomic checkpoint plan resume train",

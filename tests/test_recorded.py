@@ -1,13 +1,14 @@
 """Recorded updates against those started one by one: on a GPU where there is one, else by a stand-in for CUDA graphs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gpt2cli import device, recorded, run
 from gpt2cli.ahead import Graphs
-from gpt2cli.config import GPTConfig
+from gpt2cli.config import GPTConfig, TrainConfig
 from gpt2cli.guard import Guard
 from gpt2cli.optim import make_optimizers
 from gpt2cli.recorded import Recorded, is_short
@@ -86,6 +87,18 @@ def test_short_updates_on_a_gpu_are_recorded():
     seed, gpu = GPTConfig(), torch.device("cuda")
     assert is_short(seed, gpu, 8, 256) and not is_short(seed, torch.device("cpu"), 8, 256)
     assert not is_short(seed, gpu, 512, 1024)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dtype": "fp16"}, {"deterministic": True}, {"activation_checkpointing": True}, {"rows": 16}, {"memory": 60 << 30}],
+)
+def test_updates_are_recorded_where_nothing_is_decided_on_the_way_and_memory_is_to_spare(fields, monkeypatch):
+    monkeypatch.setattr(run.device, "memory_total", lambda where: 100 << 30)
+    plan = {"rows": 8, "batch_size": 8, "seq_len": 256, "memory": 1 << 30, "device": torch.device("cuda"), "model": GPTConfig()}
+    of_plan = {name: value for name, value in fields.items() if name in plan}
+    train = TrainConfig(**({"dtype": "bf16"} | {name: value for name, value in fields.items() if name not in plan}))
+    assert run._can_be_recorded(SimpleNamespace(train=train, **(plan | of_plan))) == (fields == {})
 
 
 SETTINGS = [

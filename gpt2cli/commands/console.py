@@ -218,13 +218,14 @@ class TrainDisplay:
         now = time.perf_counter()
         done = max(1, metrics.step - self._first)
         left = (now - self._began) / done * (self.plan.steps - metrics.step)
-        if not self._warm:  # the first steps compile, and more, so that the others say more of what is to come
+        warm = self._warm
+        if not warm and metrics.step > self.plan.first_step:  # the first steps compile, so that it is the others that tell
             self._warm, self._began, self._first = True, now, metrics.step
         if metrics.val_loss is not None:
             self.val = metrics
         if self.live:
             self.live.update(self._line(metrics, left), refresh=True)
-        if done >= 5 and left > 0 and not self._estimated:
+        if warm and done >= 5 and left > 0 and not self._estimated:
             self._estimated = True
             self._say(f"about {seconds(left)} left, measured over {done} steps")
         elif not self.live and (now - self._shown > 5 or metrics.step == self.plan.steps):
