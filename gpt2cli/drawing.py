@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt2cli import trial
 from gpt2cli.config import SamplingConfig
+from gpt2cli.kernels import compile_all, launch
 from gpt2cli.sampling import choose
 
 WARPS = 8  # of a program
@@ -36,8 +37,13 @@ def drawing(config: SamplingConfig, like: Tensor) -> Draw:
         uniform = (torch.arange(rows, device=device) + 0.5) / rows
         found, expected = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         some = like[:rows]
-        ours(some, config, uniform[: len(some)], found[: len(some)])  # in 16 bits many are as likely: not compared
-        ours(logits, config, uniform, found)
+
+        def both() -> None:
+            ours(some, config, uniform[: len(some)], found[: len(some)])  # in 16 bits many are as likely: not compared
+            ours(logits, config, uniform, found)
+
+        compile_all(both)
+        both()
         plain(logits, config, uniform, expected)
         return None if torch.equal(found, expected) else "they draw other tokens than torch's"
 
@@ -61,7 +67,7 @@ def best(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor)
     (B, V), (part, _) = logits.shape, sizes(len(logits))
     parts = triton.cdiv(V, part)
     with torch.cuda.device_of(logits):
-        _best_of[(B,)](*_tops(logits, part), V, parts, drawn, triton.next_power_of_2(parts))
+        launch(_best_of, (B,), *_tops(logits, part), V, parts, drawn, triton.next_power_of_2(parts))
 
 
 def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor) -> None:
@@ -74,13 +80,14 @@ def draw(logits: Tensor, config: SamplingConfig, uniform: Tensor, drawn: Tensor)
     kept, least = like.new_empty(B, parts), None
     with torch.cuda.device_of(logits):
         tops, _ = _tops(logits, part)
-        _weigh[(B, parts)](logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, part, num_warps=WARPS)
+        to_weigh = logits, logits.stride(0), tops, weights, V, config.temperature, parts, padded, part
+        launch(_weigh, (B, parts), *to_weigh, num_warps=WARPS)
         if config.top_k is not None:
             least = _least(weights, None, float(min(config.top_k, V)), asked, count=True)
         if config.top_p is not None and config.top_p < 1:
             least = _least(weights, least, config.top_p, asked, count=False)
-        _keep[(B, parts)](weights, least, config.min_p or 0.0, kept, parts, part, num_warps=WARPS)
-        _draw[(B,)](weights, least, config.min_p or 0.0, kept, uniform, drawn, parts, padded, part, num_warps=WARPS)
+        launch(_keep, (B, parts), weights, least, config.min_p or 0.0, kept, parts, part, num_warps=WARPS)
+        launch(_draw, (B,), weights, least, config.min_p or 0.0, kept, uniform, drawn, parts, padded, part, num_warps=WARPS)
 
 
 def _tops(logits: Tensor, part: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +95,7 @@ def _tops(logits: Tensor, part: int) -> tuple[Tensor, Tensor]:
     (B, V), parts = logits.shape, triton.cdiv(logits.shape[1], part)
     tops = torch.empty(B, parts, device=logits.device)
     places = torch.empty(B, parts, dtype=torch.int32, device=logits.device)
-    _best[(B, parts)](logits, logits.stride(0), V, tops, places, parts, part, num_warps=WARPS)
+    launch(_best, (B, parts), logits, logits.stride(0), V, tops, places, parts, part, num_warps=WARPS)
     return tops, places
 
 
@@ -102,10 +109,10 @@ def _least(weights: Tensor, floor: Tensor | None, want: float, asked: int, count
         apart, width = width, triton.cdiv(width, asked)
         there, lower = weights.new_empty(B, parts, asked), weights.new_empty(B, dtype=torch.int32)
         asking = weights, floor, first, before, low, apart, want, width, there, lower, parts
-        _ask[(B, parts)](*asking, **how, PART=part, num_warps=WARPS)
+        launch(_ask, (B, parts), *asking, **how, PART=part, num_warps=WARPS)
         first, before, low = there if first is None else first, there, lower
     least = weights.new_empty(B)
-    _answer[(B,)](first, before, low, width, want, floor, least, parts, **how)
+    launch(_answer, (B,), first, before, low, width, want, floor, least, parts, **how)
     return least
 
 

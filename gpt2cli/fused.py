@@ -25,14 +25,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gpt2cli import trial
 from gpt2cli.cache import KVCache
+from gpt2cli.kernels import GPU, compile_all
 from gpt2cli.linear import Int8Linear
 from gpt2cli.loss import multiple
-from gpt2cli.model import GPT, Block
+from gpt2cli.model import GPT, MLP, Block
 
 FEW = 4  # rows
 NUMBERS = 16384  # products that a program makes, where that is enough for an output
 PER_THREAD = 128  # of them
 AT_ONCE = 4  # programs on a processor
+SHORT = 512  # tokens
 WIDEST = 8192  # n_embd and n_inner: a program reads all weights of an output at once
 # How far apart logits may be beside their own rounding, in their deviations. The model's products in fp32 may be of TF32.
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -48,12 +50,13 @@ class Fused:
         self._x = like.new_zeros(rows, C, dtype=torch.float32)  # the residual stream
         self._qkv, self._y = like.new_zeros(rows, 3 * C), like.new_zeros(rows, C)
         self._inner = like.new_zeros(rows, model.config.inner_size)
+        self._tanh = like.is_cuda and model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         self._blocks = cast("Sequence[Block]", model.h)
         self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
         if rows > FEW and not isinstance(self._head, Int8Linear):  # with rows of zeros behind
             weight, more = self._head.weight, -len(self._head.weight) % multiple(like.device.type)
             self._wide = F.pad(weight, (0, 0, 0, more)) if more else weight
-        self._start = Start(like.device)
+        self._gpu = GPU(like.device)
 
     def step(self, ids: Tensor, logits: Tensor) -> None:
         """Write into `logits` (B, V) those of the tokens after `ids` (B), which enter the cache at `cache.at` and are counted
@@ -64,7 +67,7 @@ class Fused:
 
     def _embed(self, ids: Tensor) -> None:
         C, wte, wpe = self._model.config.n_embd, self._model.wte.weight, self._model.wpe.weight
-        _embed[(len(ids),)](ids, self._cache.at, wte, wpe, self._x, C, triton.next_power_of_2(C), **self._start.kernel())
+        self._gpu.launch(_embed, (len(ids),), ids, self._cache.at, wte, wpe, self._x, C, triton.next_power_of_2(C))
 
     def _few(self, B: int, logits: Tensor) -> None:
         activation = self._model.config.activation_function
@@ -84,12 +87,18 @@ class Fused:
             attn, mlp = block.attn, block.mlp
             qkv = attn.c_attn(self._norm(B, y, block.ln_1))
             y = attn.c_proj(self._attend(layer, qkv, self._y[:B]))
-            y = mlp.c_proj(mlp.activation(mlp.c_fc(self._norm(B, y, block.ln_2))))
+            y = mlp.c_proj(self._inner_of(mlp, self._norm(B, y, block.ln_2)))
         last = self._norm(B, y, self._model.ln_f)
         if isinstance(self._head, Int8Linear):
             logits[:, : len(self._head.weight)] = self._head(last)
             return
         torch.mm(last, self._wide.T, out=logits)
+
+    def _inner_of(self, mlp: MLP, x: Tensor) -> Tensor:
+        layer = mlp.c_fc
+        if self._tanh and isinstance(layer, nn.Linear):  # a product of the library's has this activation in it
+            return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
+        return mlp.activation(layer(x))
 
     # ==== the kernels, with what they need to know ====
 
@@ -103,29 +112,29 @@ class Fused:
         B, (N, K), sizes = len(x), weight.shape, blocks(*weight.shape)
         programs = triton.cdiv(N, sizes["BLOCK_N"])
         ln = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
-        first = add and programs <= AT_ONCE * self._start.processors
-        how = {**sizes, "FIRST": first, **self._start.kernel()}
-        _linear[(programs,)](x, weight, scale, bias, *ln, out, out.stride(0), N, K, B, activation, add, **how)
+        first = add and programs <= AT_ONCE * self._gpu.processors
+        told = x, weight, scale, bias, *ln, out, out.stride(0), N, K, B, activation, add
+        self._gpu.launch(_linear, (programs,), *told, **sizes, FIRST=first)
 
     def _norm(self, B: int, y: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         """norm(x), where `y` has been added to x."""
         C = self._model.config.n_embd
-        sizes = {"C": C, "BLOCK": triton.next_power_of_2(C)}
-        _norm[(B,)](self._x, y, norm.weight, norm.bias, norm.eps, self._y, **sizes, **self._start.kernel())
+        told = self._x, y, norm.weight, norm.bias, norm.eps, self._y, C, triton.next_power_of_2(C)
+        self._gpu.launch(_norm, (B,), *told)
         return self._y[:B]
 
     def _attend(self, layer: int, qkv: Tensor, y: Tensor) -> Tensor:
         config, cache, B = self._model.config, self._cache, len(qkv)
         C, hs, scale = config.n_embd, config.head_size, self._blocks[layer].attn.scale
-        sizes = looks(config.n_head * B, triton.next_power_of_2(hs), self._start.processors)
-        k, v, start = cache.k[layer], cache.v[layer], self._start.kernel()
-        _attend[(config.n_head, B)](qkv, k, v, cache.at, y, scale, cache.size, C, hs, **sizes, **start)
+        sizes = looks(config.n_head * B, triton.next_power_of_2(hs), cache.size, self._gpu.processors)
+        told = qkv, cache.k[layer], cache.v[layer], cache.at, y, scale, cache.size, C, hs
+        self._gpu.launch(_attend, (config.n_head, B), *told, **sizes)
         return y
 
     # ==== whether they are right ====
 
     def verdict(self, B: int) -> bool | None:
-        """Whether steps of B rows of such a model are right; None where that is not known yet."""
+        """Whether steps of B rows of such a model and cache are right; None where that is not known yet."""
         return trial.verdicts.get(self._kind(B))
 
     def judge(self, ids: Tensor, logits: Tensor) -> None:
@@ -134,6 +143,7 @@ class Fused:
         ours, V = torch.empty_like(logits), self._model.config.vocab_size
 
         def fault() -> str | None:
+            compile_all(lambda: self.step(ids, ours))
             self.step(ids, ours)
             theirs = logits[:, :V].float()
             apart = ours[:, :V].float() - theirs
@@ -147,20 +157,7 @@ class Fused:
             logits.copy_(ours)
 
     def _kind(self, B: int) -> Hashable:
-        return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B
-
-
-class Start:
-    """How kernels are started on a device: early, where it can be."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.processors, self._early = 4, False  # as if, for the interpreter
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self.processors, self._early = properties.multi_processor_count, properties.major >= 9
-
-    def kernel(self) -> dict[str, bool]:
-        return {"EARLY": True, "launch_pdl": True} if self._early else {"EARLY": False}
+        return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B, self._cache.size
 
 
 def suits(model: GPT) -> bool:
@@ -179,11 +176,12 @@ def blocks(N: int, K: int) -> dict[str, int]:
 
 
 @cache
-def looks(programs: int, head: int, processors: int) -> dict[str, int]:
-    """The sizes of `_attend`: how many tokens it looks at at once, more where there are not enough programs to keep the GPU
-    busy, with `head` numbers each."""
-    tokens, warps = (256, 8) if programs < 2 * processors else (32, 2)
-    return {"BLOCK": head, "TOKENS": max(16, tokens * 64 // head), "num_warps": warps}
+def looks(programs: int, head: int, size: int, processors: int) -> dict[str, int]:
+    """The sizes of `_attend`: how many tokens of `size` it looks at at once, with `head` numbers each, more where there are not
+    enough programs to keep the GPU busy."""
+    tokens = 16 if programs >= 2 * processors else 64 if size <= SHORT else 128
+    tokens = max(16, tokens * 64 // head)
+    return {"BLOCK": head, "TOKENS": tokens, "num_warps": max(1, min(16, tokens * head // 1024))}
 
 
 @triton.jit
@@ -321,23 +319,29 @@ def _attend(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_wait()
     new = qkv + b * 3 * C + head * HS + h
-    q = tl.load(new, mask=h < HS, other=0.0).to(tl.float32) * scale
+    q = tl.load(new, mask=h < HS, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)  # so that exp2 is exp
     k_new = tl.load(new + C, mask=h < HS, other=0.0)
     v_new = tl.load(new + 2 * C, mask=h < HS, other=0.0)
     tl.store(k_held + row + held * HS + h, k_new, mask=h < HS)
     tl.store(v_held + row + held * HS + h, v_new, mask=h < HS)
 
-    top, total, mixed = tl.sum(q * k_new.to(tl.float32)), 1.0, v_new.to(tl.float32)
+    # Each of the TOKENS places has a softmax of its own, so that no thread waits for another on the way. The first one's begins
+    # with the new token.
+    top = tl.where(s == 0, tl.sum(q * k_new.to(tl.float32)), -1e30)
+    total = tl.where(s == 0, 1.0, 0.0)
+    mixed = total[:, None] * v_new.to(tl.float32)[None, :]
     for start in range(0, held, TOKENS):
         ahead = start + TOKENS + s
         k_ahead, v_ahead = _held(k_held, row, ahead, held, h, HS), _held(v_held, row, ahead, held, h, HS)
         scores = tl.where(start + s < held, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(scores))
-        shrink, weights = tl.exp(top - higher), tl.exp(scores - higher)
-        total = total * shrink + tl.sum(weights)
-        mixed = mixed * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+        higher = tl.maximum(top, scores)
+        shrink, weights = tl.exp2(top - higher), tl.exp2(scores - higher)
+        total = total * shrink + weights
+        mixed = mixed * shrink[:, None] + weights[:, None] * v.to(tl.float32)
         top, k, v = higher, k_ahead, v_ahead
-    tl.store(y + b * C + head * HS + h, mixed / total, mask=h < HS)
+    weights = tl.exp2(top - tl.max(top))
+    seen = tl.sum(mixed * weights[:, None], 0) / tl.sum(total * weights)
+    tl.store(y + b * C + head * HS + h, seen, mask=h < HS)
 
 
 @triton.jit

@@ -155,10 +155,10 @@ class Muon(Optimizer):
         matrices = mine.unflatten(1, (group["parts"], -1)).flatten(0, 1)  # (each * parts, out / parts, in)
         mine = orthogonalize(matrices, dtype).reshape(mine.shape)
         apply = 1 if self.found_inf is None else 1 - self.found_inf
-        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
+        rate = momenta[0].new_ones(()) * (apply * group["lr"] * 0.2 * math.sqrt(max(matrices.shape[1:])))
         torch._foreach_mul_([local_part(p) for p in params], 1 - apply * group["lr"] * group["weight_decay"])
         for p, update in zip(params, self.ranks.gather(mine).flatten(0, 1), strict=False):
-            local_part(p).sub_(part_of(update.to(p.dtype), p) * (apply * group["lr"] * scale))
+            local_part(p).addcmul_(part_of(update, p), rate, value=-1)
 
 
 def grad_of(p: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
-from gpt2cli import drawing, fused, trial
+from gpt2cli import drawing, fused, kernels, trial
 from gpt2cli.ahead import Graphs
+from gpt2cli.cache import KVCache
 from gpt2cli.config import ACTIVATIONS, SamplingConfig
 from gpt2cli.linear import prepare
 from gpt2cli.loss import linear_cross_entropy
@@ -234,6 +235,37 @@ def test_kernels_that_do_not_work_are_told_and_not_taken(taken, fault, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is told once
         assert continuations(model, PROMPTS[:1], config)[0][0] == ids
+
+
+def made():
+    """How many kernels are compiled."""
+    kernels = [fused._embed, fused._linear, fused._attend, drawing._best, drawing._weigh, drawing._ask, drawing._draw]
+    return sum(len(held[0]) for kernel in kernels for held in getattr(kernel, "device_caches", {}).values())
+
+
+def test_compiling_is_not_launching():
+    model = make_model(n_head=3, n_embd=30, vocab_size=50).to(DEVICE)  # of sizes that no other test has
+    cache = KVCache(model.config, 1, 40, model.wpe.weight)
+    step, at_first = fused.Fused(model, cache), made()
+    logits, uniform = torch.full((1, 64), 7.0, device=DEVICE), torch.zeros(1, device=DEVICE)
+    ids = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    drawn = ids.clone()
+
+    def work():
+        step.step(ids, logits)
+        drawing.draw(logits[:, :50], SamplingConfig(top_p=0.9), uniform, drawn)
+
+    kernels.compile_all(work)
+    compiled = made()
+    assert (compiled > at_first) == (DEVICE == "cuda")
+    assert (logits == 7).all() and not cache.k.any() and cache.at.item() == 0 and drawn.item() == 1
+    work()
+    assert made() == compiled  # and is not done again
+    assert (logits != 7).any() and cache.k.any() and cache.at.item() == 1
+    with pytest.raises(ZeroDivisionError):
+        kernels.compile_all(lambda: 1 / 0)
+    work()
+    assert cache.at.item() == 2  # what fails leaves all as it was
 
 
 def test_all_steps_are_made_alike(taken):
