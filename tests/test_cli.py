@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 
 import gpt2cli
 from gpt2cli import checkpoint
@@ -23,6 +24,7 @@ from gpt2cli.commands import console
 from gpt2cli.commands.stop import StopRequest
 from gpt2cli.config import GPTConfig, SamplingConfig, TrainConfig
 from gpt2cli.distributed import joined
+from gpt2cli.metrics import StepMetrics
 
 from .conftest import QUICK, TINY
 
@@ -385,6 +387,27 @@ def test_a_live_line_has_a_bar_in_the_room_that_is_left():
     assert in_a_row(parts, 0.5, 120).plain == "━" * 10 + "─" * 10 + "  " + "  ".join(parts)
     assert in_a_row(parts, 0.5, 80).plain == "  ".join(parts)
     assert in_a_row(parts, 0.5, 70).plain == " ".join(parts)
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_the_time_left_is_measured_behind_the_first_step(compile, monkeypatch):
+    """It may compile for long; where it cannot, it tells all that is known."""
+    now, said = [100.0], io.StringIO()
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(console, "stderr", Console(file=said, width=200))
+    plan = SimpleNamespace(steps=1000, first_step=0, seq_len=8, model=GPTConfig(), train=TrainConfig(compile=compile))
+    display = console.TrainDisplay(plan, rate=1e12)
+
+    def shown(step, seconds_later):
+        now[0] += seconds_later
+        said.truncate(said.seek(0))
+        display.show(StepMetrics(step, 4.0, 1e-3, 1.0, 8 * step, 80.0, now[0]))
+        return said.getvalue().strip()
+
+    assert shown(1, 10).endswith("80 tokens/s  1% of the matmul rate" + ("  ETA 2:46:30" if compile == "off" else ""))
+    assert shown(4, 6).endswith("ETA 33:12")  # 3 steps took 6 s
+    assert shown(11, 14) == "about 32:58 left, measured over 10 steps"  # and that once
+    assert shown(1000, 1978).endswith("ETA 0:00")
 
 
 # ==== mistakes ====

@@ -217,15 +217,18 @@ class TrainDisplay:
     def show(self, metrics: StepMetrics) -> None:
         now = time.perf_counter()
         done = max(1, metrics.step - self._first)
-        left = (now - self._began) / done * (self.plan.steps - metrics.step)
+        left: float | None = (now - self._began) / done * (self.plan.steps - metrics.step)
         warm = self._warm
-        if not warm and metrics.step > self.plan.first_step:  # the first steps compile, so that it is the others that tell
-            self._warm, self._began, self._first = True, now, metrics.step
+        if not warm:
+            if self.plan.train.compile == "on":  # the first steps compile, so that it is the others that tell
+                left = None
+            if metrics.step > self.plan.first_step:
+                self._warm, self._began, self._first = True, now, metrics.step
         if metrics.val_loss is not None:
             self.val = metrics
         if self.live:
             self.live.update(self._line(metrics, left), refresh=True)
-        if warm and done >= 5 and left > 0 and not self._estimated:
+        if warm and done >= 5 and left and not self._estimated:
             self._estimated = True
             self._say(f"about {seconds(left)} left, measured over {done} steps")
         elif not self.live and (now - self._shown > 5 or metrics.step == self.plan.steps):
@@ -242,7 +245,7 @@ class TrainDisplay:
     def _say(self, message: str) -> None:
         stderr.print(Text(message, style="dim"))
 
-    def _line(self, metrics: StepMetrics, left: float) -> Text:
+    def _line(self, metrics: StepMetrics, left: float | None) -> Text:
         mfu = metrics.tokens_per_second * self.plan.model.flops_per_token(self.plan.seq_len) / self.rate
         parts = [
             f"step {metrics.step:,}/{self.plan.steps:,}",
@@ -252,7 +255,7 @@ class TrainDisplay:
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"{mfu:.0%} of the matmul rate" if not self.live else f"{mfu:.0%} MFU",
             *([size(metrics.memory)] if metrics.memory else []),
-            f"ETA {seconds(left)}",
+            *([f"ETA {seconds(left)}"] if left is not None else []),
         ]
         return Text("  ".join(parts)) if not self.live else in_a_row(parts, metrics.step / self.plan.steps, stderr.width)
 
