@@ -28,7 +28,7 @@ from gpt2cli.cache import KVCache
 from gpt2cli.kernels import GPU, compile_all
 from gpt2cli.linear import Int8Linear
 from gpt2cli.loss import multiple
-from gpt2cli.model import GPT, MLP, Block
+from gpt2cli.model import GPT, Block
 
 FEW = 4  # rows
 NUMBERS = 16384  # products that a program makes, where that is enough for an output
@@ -50,8 +50,9 @@ class Fused:
         self._x = like.new_zeros(rows, C, dtype=torch.float32)  # the residual stream
         self._qkv, self._y = like.new_zeros(rows, 3 * C), like.new_zeros(rows, C)
         self._inner = like.new_zeros(rows, model.config.inner_size)
-        self._tanh = like.is_cuda and model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         self._blocks = cast("Sequence[Block]", model.h)
+        tanh = model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+        self._tanh = like.is_cuda and tanh and not isinstance(self._blocks[0].mlp.c_fc, Int8Linear)
         self._head = vars(model).get("head", SimpleNamespace(weight=model.head_weight))  # `prepare` makes it a layer
         if rows > FEW and not isinstance(self._head, Int8Linear):  # with rows of zeros behind
             weight, more = self._head.weight, -len(self._head.weight) % multiple(like.device.type)
@@ -70,14 +71,13 @@ class Fused:
         self._gpu.launch(_embed, (len(ids),), ids, self._cache.at, wte, wpe, self._x, C, triton.next_power_of_2(C))
 
     def _few(self, B: int, logits: Tensor) -> None:
-        activation = self._model.config.activation_function
         x, qkv, y, inner = (buffer[:B] for buffer in (self._x, self._qkv, self._y, self._inner))
         for layer, block in enumerate(self._blocks):
             attn, mlp = block.attn, block.mlp
             self._linear(x, attn.c_attn, qkv, norm=block.ln_1)
             self._attend(layer, qkv, y)
             self._linear(y, attn.c_proj, x, add=True)
-            self._linear(x, mlp.c_fc, inner, norm=block.ln_2, activation=activation)
+            self._linear(x, mlp.c_fc, inner, norm=block.ln_2, activation=self._model.config.activation_function)
             self._linear(inner, mlp.c_proj, x, add=True)
         self._linear(x, self._head, logits, norm=self._model.ln_f)
 
@@ -87,18 +87,15 @@ class Fused:
             attn, mlp = block.attn, block.mlp
             qkv = attn.c_attn(self._norm(B, y, block.ln_1))
             y = attn.c_proj(self._attend(layer, qkv, self._y[:B]))
-            y = mlp.c_proj(self._inner_of(mlp, self._norm(B, y, block.ln_2)))
+            x, fc = self._norm(B, y, block.ln_2), mlp.c_fc
+            # One of the library's products has GELU in it.
+            inner = torch._addmm_activation(fc.bias, x, fc.weight.T, use_gelu=True) if self._tanh else mlp.activation(fc(x))
+            y = mlp.c_proj(inner)
         last = self._norm(B, y, self._model.ln_f)
         if isinstance(self._head, Int8Linear):
             logits[:, : len(self._head.weight)] = self._head(last)
             return
         torch.mm(last, self._wide.T, out=logits)
-
-    def _inner_of(self, mlp: MLP, x: Tensor) -> Tensor:
-        layer = mlp.c_fc
-        if self._tanh and isinstance(layer, nn.Linear):  # a product of the library's has this activation in it
-            return torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
-        return mlp.activation(layer(x))
 
     # ==== the kernels, with what they need to know ====
 
@@ -124,17 +121,19 @@ class Fused:
         return self._y[:B]
 
     def _attend(self, layer: int, qkv: Tensor, y: Tensor) -> Tensor:
-        config, cache, B = self._model.config, self._cache, len(qkv)
-        C, hs, scale = config.n_embd, config.head_size, self._blocks[layer].attn.scale
-        sizes = looks(config.n_head * B, triton.next_power_of_2(hs), cache.size, self._gpu.processors)
-        told = qkv, cache.k[layer], cache.v[layer], cache.at, y, scale, cache.size, C, hs
-        self._gpu.launch(_attend, (config.n_head, B), *told, **sizes)
+        config, cache, scale = self._model.config, self._cache, self._blocks[layer].attn.scale
+        told = qkv, cache.k[layer], cache.v[layer], cache.at, y, scale, cache.size, config.n_embd, config.head_size
+        self._gpu.launch(_attend, (config.n_head, len(qkv)), *told, **self._looks(len(qkv)))
         return y
+
+    def _looks(self, B: int) -> dict[str, int]:
+        config = self._model.config
+        return looks(config.n_head * B, triton.next_power_of_2(config.head_size), self._cache.size, self._gpu.processors)
 
     # ==== whether they are right ====
 
     def verdict(self, B: int) -> bool | None:
-        """Whether steps of B rows of such a model and cache are right; None where that is not known yet."""
+        """Whether steps of B rows of such a model are right; None where that is not known yet."""
         return trial.verdicts.get(self._kind(B))
 
     def judge(self, ids: Tensor, logits: Tensor) -> None:
@@ -157,7 +156,8 @@ class Fused:
             logits.copy_(ours)
 
     def _kind(self, B: int) -> Hashable:
-        return self._model.config, self._x.device, self._qkv.dtype, type(self._blocks[0].attn.c_attn), B, self._cache.size
+        how = self._qkv.dtype, type(self._blocks[0].attn.c_attn), self._looks(B)["TOKENS"]
+        return self._model.config, self._x.device, *how, B
 
 
 def suits(model: GPT) -> bool:
@@ -181,7 +181,7 @@ def looks(programs: int, head: int, size: int, processors: int) -> dict[str, int
     enough programs to keep the GPU busy."""
     tokens = 16 if programs >= 2 * processors else 64 if size <= SHORT else 128
     tokens = max(16, tokens * 64 // head)
-    return {"BLOCK": head, "TOKENS": tokens, "num_warps": max(1, min(16, tokens * head // 1024))}
+    return {"BLOCK": head, "TOKENS": tokens, "num_warps": max(1, min(8, tokens * head // 1024))}
 
 
 @triton.jit

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import triton
 
-_compiled: ContextVar[list[Any] | None] = ContextVar("_compiled", default=None)
+_compiled: ContextVar[list[tuple[Any, int]] | None] = ContextVar("_compiled", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **how: Any) -> None:
     """`kernel[grid](*arguments, **how)`, but for what `compile_all` is given."""
     compiled = _compiled.get()
     made = kernel.run(*arguments, grid=grid, warmup=compiled is not None, **how)
-    if compiled is not None:
-        compiled.append(made)
+    if compiled is not None and made is not None:
+        compiled.append((made, torch.cuda.current_device()))
 
 
 def compile_all(work: Callable[[], object]) -> None:
@@ -27,18 +27,17 @@ def compile_all(work: Callable[[], object]) -> None:
     C compiler, for what launches it."""
 
     def inside() -> None:
-        compiled: list[Any] = []
+        compiled: list[tuple[Any, int]] = []
         _compiled.set(compiled)
         with ThreadPoolExecutor() as threads:
             with triton.AsyncCompileMode(threads):
                 work()
-            kernels = {made.result() if isinstance(made, triton.FutureKernel) else made for made in compiled} - {None}
-            loads = [threads.submit(load, kernel, torch.cuda.current_device()) for kernel in kernels]
-            for done in loads:
-                done.result()
+            kernels = {(made.result() if isinstance(made, triton.FutureKernel) else made, where) for made, where in compiled}
+            for loaded in [threads.submit(load, *each) for each in kernels]:
+                loaded.result()
 
-    def load(kernel: Any, device: int) -> None:
-        with torch.cuda.device(device):
+    def load(kernel: Any, where: int) -> None:
+        with torch.cuda.device(where):
             kernel.run  # noqa: B018  # a property, which is made when it is first asked for
 
     copy_context().run(inside)  # where what is set is not set any more afterwards

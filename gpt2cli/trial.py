@@ -18,6 +18,8 @@ def passed(kind: Hashable, fault: Callable[[], str | None], what: str) -> bool:
         except torch.OutOfMemoryError:
             raise  # which says nothing about the kernels
         except Exception as error:  # a compiler raises what it likes
+            if "out of memory" in str(error):  # as Triton has it
+                raise torch.OutOfMemoryError(str(error)) from error
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0][:200]}"
         verdicts[kind] = reason is None

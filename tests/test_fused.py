@@ -235,6 +235,18 @@ def test_kernels_that_do_not_work_are_told_and_not_taken(taken, fault, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is told once
         assert continuations(model, PROMPTS[:1], config)[0][0] == ids
+        for length in (3, 20, 28):
+            continuations(model, [[1] * length], config)
+    assert len(trial.verdicts) == 2  # and found once: this one, and that of drawing
+
+
+def test_memory_that_ends_says_nothing_about_kernels():
+    def fault():
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trial.passed("kind", fault, "decoding")
+    assert "kind" not in trial.verdicts and trial.passed("kind", lambda: None, "decoding")
 
 
 def made():
@@ -266,6 +278,39 @@ def test_compiling_is_not_launching():
         kernels.compile_all(lambda: 1 / 0)
     work()
     assert cache.at.item() == 2  # what fails leaves all as it was
+
+
+def test_kernels_are_loaded_where_they_are_launched(monkeypatch):
+    """On the device of their tensors, which is the current one only while they are launched."""
+    current, loaded = [0], []
+
+    class Device:
+        def __init__(self, index):
+            self.index, self.before = index, None
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Kernel:
+        def run(self, grid, warmup):
+            return Made()
+
+    class Made:
+        @property
+        def run(self):
+            loaded.append(current[0])
+
+    def work():
+        with torch.cuda.device(1):
+            kernels.launch(Kernel(), (1,))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernels.compile_all(work)
+    assert loaded == [1]
 
 
 def test_all_steps_are_made_alike(taken):
