@@ -6,7 +6,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt2cli.ahead import Graphs
 
 aten = torch.ops.aten
-LOOKS = {aten.is_nonzero, aten.item, aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten._pin_memory, aten.equal}
+LOOKS = {
+    aten.is_nonzero,
+    aten.item,
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.nonzero_numpy,
+    aten.lift_fresh,
+    aten._pin_memory,
+    aten.equal,
+}
 
 
 class Recorded(TorchDispatchMode):
