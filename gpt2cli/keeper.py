@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gpt2cli import atomic, checkpoint, metrics
+from gpt2cli import atomic, checkpoint, metrics, writer
 from gpt2cli.metrics import MetricsLog
 from gpt2cli.writer import Writer
 
@@ -112,6 +112,13 @@ class Keeper:
         self.wait()
         return self.writer.needs_retry
 
+    def tell_it_waits(self, step: int, tries: int) -> None:
+        minutes = math.ceil(tries * writer.RETRY_SECONDS / 60)
+        message = (
+            f"the run is over, but step {step:,} is not saved: it will be tried for {minutes} minutes more; free some space"
+        )
+        self.tell(step, "waits", f"{message}, or press Ctrl-C twice to leave without it")
+
     def wait_for_retry(self, tries_left: int) -> None:
         """Until it is time for the next attempt. Raises the OSError where the disk stays bad."""
         if not tries_left or (self._last_error and not atomic.is_full(self._last_error)):
@@ -155,5 +162,7 @@ class Nobody(Keeper):
 
     def needs_save(self) -> bool:
         return False
+
+    def tell_it_waits(self, step: int, tries: int) -> None: ...
 
     def close(self) -> None: ...

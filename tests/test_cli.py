@@ -447,7 +447,10 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_stand
         patch.setattr(atomic, "seal", full_from_step_4)
         patch.setattr(writer, "RETRY_SECONDS", 0.0)
         done = gpt2("train", text_file, *QUICK, "--steps", 6, "--save-every", 2, "--eval-every", 0, "--out", "run")
-    assert done.code == 1 and done.out == "" and "the disk is full" in done.err.splitlines()[-1]
+    *_, waits, last = done.err.splitlines()
+    assert "the run is over, but step 6 is not saved: it will be tried for 0 minutes more; free some space" in waits
+    assert done.code == 1 and done.out == "" and "the disk is full" in last
+    assert "step-000002 stands, what came after it is lost; free some space, and then: gpt2 train --resume --out run" in last
     assert [p.name for p in sorted(Path("run").glob("*step*"))] == ["step-000002"]
     assert gpt2("train", "--resume", "--out", "run").code == 0
     assert [line["step"] for line in metrics_of("run") if "loss" in line] == [1, 2, 3, 4, 5, 6]

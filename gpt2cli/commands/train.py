@@ -218,6 +218,7 @@ def decide(context: typer.Context, ranks: Ranks, bars: Bars) -> Plan:
 def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: str | None) -> int:
     """Returns the exit status."""
     from gpt2cli import device
+    from gpt2cli.atomic import is_full
     from gpt2cli.commands import console
     from gpt2cli.commands.board import Board
     from gpt2cli.train import train
@@ -233,14 +234,27 @@ def carry_out(plan: Plan, stop: StopRequest, dry_run: bool, ranks: Ranks, log: s
     with console.TrainDisplay(plan, rate) as display, stop, contextlib.ExitStack() as stack:
         if board:
             stack.callback(board.close)
-        for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
-            display.show(last)
-            if board:
-                board.show(last)
+        try:
+            for last in train(plan, should_stop=stop.asked, sample=sample, ranks=ranks):
+                display.show(last)
+                if board:
+                    board.show(last)
+        except OSError as error:
+            if is_full(error):
+                raise not_saved(plan, error) from error
+            raise
     if ranks.is_first:
         console.print_if_read(plan.out)
         report(plan, last.step if last else plan.first_step)
     return say_how_it_ended(plan, last.step if last else None, stop, ranks)
+
+
+def not_saved(plan: Plan, error: OSError) -> UserError:
+    from gpt2cli import checkpoint
+
+    newest = next(iter(checkpoint.checkpoints(plan.out)), None)
+    stands = f"{newest} stands, what came after it is lost" if newest else "nothing of the run is saved"
+    return UserError(f"the disk is full ({error}): {stands}; free some space, and then: gpt2 train --resume --out {plan.out}")
 
 
 def say_how_it_ended(plan: Plan, got_to: int | None, stop: StopRequest, ranks: Ranks) -> int:
