@@ -114,6 +114,8 @@ def attention_kernels(where: torch.device, dtype: torch.dtype, head_size: int) -
         except Exception as error:  # a compiler or a driver raises what it likes
             lines = [line for line in str(error).splitlines() if line.strip()]
             missing[name] = lines[0][:160] if lines else type(error).__name__
+            if where.type != "cuda" and name in ("efficient", "cudnn", "flex"):
+                missing[name] = "forward and backward it needs CUDA"
     return there, missing
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from gpt2cli import __version__, atomic, documents, encode, vocabulary
 from gpt2cli.documents import Text
 from gpt2cli.encode import Encoder
-from gpt2cli.errors import UserError
+from gpt2cli.errors import UserError, size
 from gpt2cli.pieces import Piece, Place, Settle, cut_up, split_tail
 from gpt2cli.shards import SHARD_TOKENS, ShardWriter, check, count_tokens
 from gpt2cli.survey import Policy, Progress, Source, Survey, choose_split, survey
@@ -318,7 +318,7 @@ class Job:
         free = shutil.disk_usage(out.absolute().parent).free
         if need > free:
             raise UserError(
-                f"the shards need about {need / 1e9:,.2f} GB, but the disk of {out} has {free / 1e9:,.2f} GB free: "
+                f"the shards need about {size(need)}, but the disk of {out} has {size(free)} free: "
                 "give another folder with --out, or free some space"
             )
 

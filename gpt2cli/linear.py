@@ -34,13 +34,14 @@ FEW = 64  # rows up to which the int8 product is faster than one with fp32 weigh
 def prepare(model: GPT, quantize: str | None = None, rows: int = 1) -> GPT:
     """Put `model`'s linear layers, the output layer too, into the form that decodes `rows` at a time fastest where it is: the
     numbers are the same but for rounding. With `quantize="int8"` weights become int8, see `Int8Linear`; for many rows on a CPU
-    they are rounded as they would be, and kept in fp32, in which products of many rows are faster. For generating only.
+    they are rounded as they would be, and kept in fp32, in which products of many rows are faster. For generating only: no
+    weight has a gradient any more.
 
     Changes `model`, and returns it. Raises UserError for another `quantize`, and where the device has no int8 product.
     """
     if quantize not in (None, "int8"):
         raise UserError(f"--quantize {quantize} is unknown; expected int8")
-    weight = model.wpe.weight
+    weight = model.requires_grad_(False).wpe.weight
     packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()
     if quantize is None and not packs:
         return model

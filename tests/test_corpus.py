@@ -622,7 +622,7 @@ def full_disk(*_):
 
 def test_a_disk_that_is_too_small_is_told_first(tmp_path, monkeypatch, text_file):
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"the shards need about .* free"):
+    with pytest.raises(UserError, match=r"the shards need about .* kB, but the disk of .* has .* free"):
         run([text_file], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["input.txt"]
 

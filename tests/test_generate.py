@@ -472,6 +472,13 @@ def test_int8_layers_keep_the_type_of_what_they_are_given(dtype):
     assert model.hidden(torch.tensor([[1, 2, 3]])).dtype == dtype
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_prepared_model_is_not_trained(quantize):
+    x = torch.arange(8)[None]
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        prepare(make_model(), quantize).train()(x, x)[1].backward()
+
+
 def test_a_prepared_model_is_not_saved_as_if_it_were_one(tmp_path):
     with pytest.raises(UserError, match="prepared for generating"):
         prepare(make_model(), "int8").save_pretrained(tmp_path / "a")

@@ -177,8 +177,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             prompt = file.read_bytes().decode("utf-8")
         elif prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file or 'standard input'} is not UTF-8: bad byte at offset {error.start}") from None
+        elif prompt is not None:
+            prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8")  # the bytes that were given
+    except UnicodeError as error:
+        source = "--prompt" if prompt is not None else file or "standard input"
+        raise UserError(f"{source} is not UTF-8: bad byte at offset {getattr(error, 'start', 0)}") from None
     if prompt is not None and not prompt:
         raise UserError("the prompt is empty: give some text, or <|endoftext|> to start a document")
     if prompt is None:
