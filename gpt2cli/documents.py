@@ -186,7 +186,8 @@ def _gzip_errors(name: str | Path) -> Iterator[None]:
 
 def _refuse_binary(head: bytes, name: str) -> None:
     if not head:
-        raise UserError(f"{name} is empty; expected UTF-8 text")
+        again = " (the same as before, for a run that read it and whose tokens are not in the cache any more)"
+        raise UserError(f"{name} is empty; expected UTF-8 text{again if name == 'stdin' else ''}")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16; expected UTF-8 text: convert it (iconv -f UTF-16 -t UTF-8)")
     if head.startswith(b"\x1f\x8b"):

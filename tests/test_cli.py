@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,6 +457,20 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_the_checkpoint_before_stand
     assert [line["step"] for line in metrics_of("run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_from_standard_input_whose_tokens_are_gone_says_what_it_needs(gpt2, text_file, monkeypatch):
+    def stdin(data):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    stdin(text_file.read_bytes())
+    assert gpt2("train", "-", *QUICK, "--steps", 1, "--cache-dir", "cache", "--out", "run").code == 0
+    shutil.rmtree("cache")
+    resume = ("train", "--resume", "--out", "run", "--steps", 2, "--cache-dir", "cache")
+    stdin(b"")
+    assert "stdin is empty; expected UTF-8 text (the same as before" in gpt2(*resume).err
+    stdin(text_file.read_bytes())
+    assert gpt2(*resume).code == 0
+
+
 def bad_files() -> None:
     Path("empty.txt").touch()
     Path("binary.txt").write_bytes(b"\x7fELF\0\0\0")
@@ -520,6 +535,7 @@ TRAIN = ("train", "fine.txt", *TINY)
         (("sample", "RUN", "--prompt-file", "missing"), "missing: No such file"),
         (("sample", "RUN", "--prompt-file", "latin1.txt"), "latin1.txt is not UTF-8: bad byte at offset 3"),
         (("sample", "RUN", "--prompt", "na\u00efve caf\udce9"), "--prompt is not UTF-8: bad byte at offset 10"),
+        (("sample", "RUN", "--prompt", "x", "--batch-size", "2"), "--batch-size is for what --prompts brings"),
         (("sample", "RUN", "--prompt", "x", "--temperature", "-1"), "--temperature must be above 0"),
         (("sample", "RUN", "--prompt", "x", "--top-p", "0"), "--top-p"),
         (("sample", "RUN", "--prompt", "x", "--device", "cuda:x"), "device"),

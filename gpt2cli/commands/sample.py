@@ -147,6 +147,8 @@ def check_options(context: typer.Context) -> None:
         raise UserError("--out is for what --prompts gives; a single prompt's text goes to stdout: gpt2 sample ... > FILE")
     if given["resume"] and not given["out"]:
         raise UserError("--resume goes on with the file that --prompts gave: add --prompts and --out")
+    if source_of(context, "batch_size") == "COMMANDLINE" and given["prompts"] is None:
+        raise UserError("--batch-size is for what --prompts brings; all samples of a single prompt are made at once")
     if given["logprobs"] and not (given["prompts"] or given["as_json"]):
         raise UserError("--logprobs go into the JSON: add --json, or use --prompts")
     for name in DRAWING:

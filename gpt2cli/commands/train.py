@@ -61,7 +61,7 @@ def command(
     batch_size: Annotated[int | None, option(BATCH, "Rows of a micro-step; by default what fits.")] = TRAIN.batch_size,
     seq_len: Annotated[int | None, option(BATCH, "Tokens of a row; by default 256, or the preset's.")] = TRAIN.seq_len,
     tokens_per_step: Annotated[int, option(BATCH, "Tokens of an update; accumulation follows.")] = TRAIN.tokens_per_step,
-    steps: Annotated[int | None, option(BATCH, "Updates.")] = TRAIN.steps,
+    steps: Annotated[int | None, option(BATCH, "Updates.", show_default="150")] = TRAIN.steps,
     epochs: Annotated[float | None, option(BATCH, "Instead of --steps: times through the text.")] = TRAIN.epochs,
     optimizer: Annotated[
         str, option(OPTIMIZER, "Muon: for the blocks' matrices.", metavar=choice("optimizer"))
@@ -95,7 +95,7 @@ def command(
     eval_tokens: Annotated[int, option(CADENCE, "Validation tokens of an evaluation; 0: all.")] = TRAIN.eval_tokens,
     save_every: Annotated[int, option(CADENCE, "Steps between checkpoints; 0: only at the end.")] = TRAIN.save_every,
     sample_every: Annotated[int, option(CADENCE, "Steps between samples on stderr; 0: never.")] = TRAIN.sample_every,
-    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.")] = TRAIN.sample_prompt,
+    sample_prompt: Annotated[str, option(CADENCE, "What they begin with.", show_default="a line break")] = TRAIN.sample_prompt,
     log: Annotated[
         str | None, option(CADENCE, "Metrics for TensorBoard, too.", metavar="tensorboard", show_default="none")
     ] = None,
