@@ -112,12 +112,13 @@ class Keeper:
         self.wait()
         return self.writer.needs_retry
 
-    def tell_it_waits(self, step: int, tries: int) -> None:
-        minutes = math.ceil(tries * writer.RETRY_SECONDS / 60)
-        message = (
-            f"the run is over, but step {step:,} is not saved: it will be tried for {minutes} minutes more; free some space"
-        )
-        self.tell(step, "waits", f"{message}, or press Ctrl-C twice to leave without it")
+    def news_of_waiting(self, step: int, tries: int) -> list[str]:
+        """At the end of a run, on a full disk, that so many more attempts will be made."""
+        if self._last_error and atomic.is_full(self._last_error):
+            minutes = math.ceil(tries * writer.RETRY_SECONDS / 60)
+            waits = f"the run is over, but step {step:,} is not saved: it will be tried for {minutes} minutes more"
+            self.tell(step, "waits", f"{waits}; free some space, or press Ctrl-C twice to leave without it")
+        return self.news(step)
 
     def wait_for_retry(self, tries_left: int) -> None:
         """Until it is time for the next attempt. Raises the OSError where the disk stays bad."""
@@ -163,6 +164,7 @@ class Nobody(Keeper):
     def needs_save(self) -> bool:
         return False
 
-    def tell_it_waits(self, step: int, tries: int) -> None: ...
+    def news_of_waiting(self, step: int, tries: int) -> list[str]:
+        return []
 
     def close(self) -> None: ...

@@ -326,9 +326,9 @@ class Run:
         for tries_left in reversed(range(LAST_TRIES)):
             saved = self.keeper.save(state) if state else None
             full = self.keeper.needs_save()
-            if full and tries_left == LAST_TRIES - 1:
-                self.keeper.tell_it_waits(step, tries_left)
             saved, news = None if full else saved, self.keeper.news(step)
+            if full and tries_left == LAST_TRIES - 1:
+                news += self.keeper.news_of_waiting(step, tries_left)
             if measured and (saved or news):
                 yield replace(measured, saved=saved, events=news)
             if not full:

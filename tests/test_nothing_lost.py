@@ -478,6 +478,7 @@ def test_a_run_folder_that_is_moved_is_told_and_nothing_made_in_its_place(gpt2, 
         assert [line["step"] for line in metrics.read(Path("run")) if "loss" in line] == list(range(1, 11))
     else:
         assert done.code == 1 and "error: run is gone: put it back" in done.err and not Path("run").exists()
+        assert "free some space" not in done.err
 
 
 def test_nothing_is_made_in_the_place_of_a_run_folder_that_is_moved_while_a_checkpoint_is_written(gpt2, text_file, monkeypatch):
